@@ -87,6 +87,24 @@
 // Log level: what was chosen, once per object.
 #define ADALORA_LOG_INFO 2
 
+// Adapters that may read one x in a call.
+#define MAX_GROUP 64
+
+// Columns that Philox's counter can tell apart, four to a word.
+#define MAX_FEATURES (1 << 34)
+
+// Alignment of workspace and state.
+#define ALIGNMENT 64
+
+// More adapters than any model has.
+#define MAX_ADAPTERS (1 << 24)
+
+// A pattern was chosen or set.
+#define HAS_PATTERN 1
+
+// It will not change any more.
+#define IS_FINAL 2
+
 // The geometry of one layer's adapter; holds no pointer of the caller's. May be used from any thread, by several at once.
 typedef struct adalora_adapter_t adalora_adapter_t;
 
@@ -99,39 +117,6 @@ typedef struct adalora_context_t adalora_context_t;
 
 // Outcome of a call: `ADALORA_SUCCESS` or one of the `ADALORA_ERROR_*` numbers. Numbers are never reused.
 typedef int32_t adalora_status_t;
-
-// Runs `body(data)` on `threads` threads at once, the calling one among them, and returns when all have returned: the
-// shape of `GOMP_parallel`, so that the library can compute on OpenMP's, PyTorch's or a trainer's own threads. `flags`
-// is 0. Fewer threads, down to the calling one alone, change the speed and not the results.
-typedef void (*adalora_parallel_fn)(void (*body)(void *data), void *data, uint32_t threads, uint32_t flags);
-
-// Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called from any thread
-// that is inside a call of the library, and must not call the library.
-typedef void (*adalora_log_fn)(void *user, int32_t level, const char *text);
-
-// What a context is made of.
-typedef struct adalora_context_desc_t {
-  // `sizeof(adalora_context_desc_t)`.
-  size_t struct_size;
-  // `ADALORA_BACKEND_CPU` or `ADALORA_BACKEND_CUDA`.
-  int32_t backend;
-  // CUDA: the device's number. CPU: 0.
-  int32_t device;
-  // CPU: how many threads compute, the calling one included; 0: as many as the process may run on. At most 1024.
-  int32_t threads;
-  // Must be 0.
-  int32_t reserved;
-  // CUDA: a `cublasHandle_t` lent by the caller for the context's lifetime, or NULL for our own. CPU: NULL.
-  void *cublas_handle;
-  // CUDA: a folder in which to look for CUDA's libraries first, or NULL. CPU: NULL.
-  const char *library_folder;
-  // CPU: the caller's threads, or NULL for a pool of the context's own, which starts at the first computation.
-  adalora_parallel_fn parallel;
-  // Receives messages, or NULL.
-  adalora_log_fn log;
-  // Handed to `log`.
-  void *log_user;
-} adalora_context_desc_t;
 
 // Element type: one of `ADALORA_FLOAT32`, `ADALORA_FLOAT64`, `ADALORA_BFLOAT16`, `ADALORA_FLOAT16`. 0 is invalid unless a field says otherwise.
 typedef int32_t adalora_dtype_t;
@@ -339,7 +324,8 @@ typedef struct adalora_step_t {
   const int64_t *step;
   // Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
   const double *grad_factor;
-  // Above 0 where a gradient anywhere in the model is not finite, one value; NULL: 0. Then AdamW and importance do nothing this step.
+  // Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing this step. NULL: the library looks
+  // itself, at the cost of one more reading of the gradients; a sharded allocator needs it.
   const float *found_inf;
   // [n_adapters], 0 where the adapter has no gradient this step; NULL: all have one.
   const uint8_t *has_grad;
@@ -369,66 +355,42 @@ typedef struct adalora_report_t {
   int32_t is_final;
 } adalora_report_t;
 
+// Runs `body(data)` on `threads` threads at once, the calling one among them, and returns when all have returned: the
+// shape of `GOMP_parallel`, so that the library can compute on OpenMP's, PyTorch's or a trainer's own threads. `flags`
+// is 0. Fewer threads, down to the calling one alone, change the speed and not the results.
+typedef void (*adalora_parallel_fn)(void (*body)(void *data), void *data, uint32_t threads, uint32_t flags);
+
+// Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called from any thread
+// that is inside a call of the library, and must not call the library.
+typedef void (*adalora_log_fn)(void *user, int32_t level, const char *text);
+
+// What a context is made of.
+typedef struct adalora_context_desc_t {
+  // `sizeof(adalora_context_desc_t)`.
+  size_t struct_size;
+  // `ADALORA_BACKEND_CPU` or `ADALORA_BACKEND_CUDA`.
+  int32_t backend;
+  // CUDA: the device's number. CPU: 0.
+  int32_t device;
+  // CPU: how many threads compute, the calling one included; 0: as many as the process may run on. At most 1024.
+  int32_t threads;
+  // Must be 0.
+  int32_t reserved;
+  // CUDA: a `cublasHandle_t` lent by the caller for the context's lifetime, or NULL for our own. CPU: NULL.
+  void *cublas_handle;
+  // CUDA: a folder in which to look for CUDA's libraries first, or NULL. CPU: NULL.
+  const char *library_folder;
+  // CPU: the caller's threads, or NULL for a pool of the context's own, which starts at the first computation.
+  adalora_parallel_fn parallel;
+  // Receives messages, or NULL.
+  adalora_log_fn log;
+  // Handed to `log`.
+  void *log_user;
+} adalora_context_desc_t;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
-
-// Version of the library: `major << 16 | minor << 8 | patch`.
-uint32_t adalora_version(void);
-
-// Version of the interface that the library serves: compare it with `ADALORA_ABI_VERSION` after loading.
-uint32_t adalora_abi_version(void);
-
-// The name of a status, such as "ADALORA_ERROR_INVALID_ARGUMENT"; "unknown status" for another number. Never NULL, valid for ever.
-const char *adalora_status_name(adalora_status_t status);
-
-// The text of this thread's last error: which call, which adapter, which argument, what was found and what was expected. Empty before the first. A call
-// that succeeds leaves it alone. Never NULL; valid until this thread's next failing call.
-const char *adalora_last_error(void);
-
-// Makes a context. No thread is started and no device memory taken before it is asked to compute or to prepare.
-//
-// @param desc What to make; `backend` must be named.
-// @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
-// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this library or
-// machine lacks the backend, with what was looked for.
-adalora_status_t adalora_context_create(const struct adalora_context_desc_t *desc,
-                                        struct adalora_context_t **context);
-
-// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, modules and what
-// cuBLAS holds for this thread. May allocate and synchronise; nothing else that takes a stream does.
-//
-// @param stream A `cudaStream_t` on CUDA; not read on the CPU.
-adalora_status_t adalora_context_prepare(struct adalora_context_t *context,
-                                         void *stream);
-
-// Says in words what the context computes with: library version, backend, threads, instruction set, libraries and their paths.
-//
-// @param text Receives the text, ended by a zero byte; NULL to ask for the size alone.
-// @param bytes In: the room at `text`. Out: the bytes needed, the zero byte included, also where the room is too small.
-// @return `ADALORA_ERROR_INVALID_ARGUMENT` where the room is too small; then `text` is not written.
-adalora_status_t adalora_context_describe(const struct adalora_context_t *context,
-                                          char *text,
-                                          size_t *bytes);
-
-// From the sum of squares of all gradients (`adalora_allocator_gradient_norm`, and the trainer's own) makes the factor that unscales and
-// clips them: `min(1, max_norm / (norm + 1e-6)) / loss_scale` with `norm = sqrt(sum_of_squares) / loss_scale`, as PyTorch's `clip_grad_norm_` has it.
-//
-// @param sum_of_squares One value.
-// @param loss_scale One value, what the loss was multiplied by; NULL: 1.
-// @param max_norm Above 0; infinity clips nothing.
-// @param grad_factor Receives one value.
-//
-// The pointers are in the memory of the context's backend.
-adalora_status_t adalora_context_gradient_factor(const struct adalora_context_t *context,
-                                                 const double *sum_of_squares,
-                                                 const double *loss_scale,
-                                                 double max_norm,
-                                                 double *grad_factor,
-                                                 void *stream);
-
-// Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with the last of them.
-void adalora_context_destroy(struct adalora_context_t *context);
 
 // Makes an adapter.
 //
@@ -624,7 +586,7 @@ adalora_status_t adalora_allocator_budget(const struct adalora_allocator_t *allo
 // Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and likewise for each row of B.
 //
 // @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that share the parameters sum it.
-adalora_status_t adalora_allocator_gram(const struct adalora_allocator_t *allocator,
+adalora_status_t adalora_allocator_gram(struct adalora_allocator_t *allocator,
                                         double *gram,
                                         void *stream);
 
@@ -639,7 +601,7 @@ adalora_status_t adalora_allocator_gram(const struct adalora_allocator_t *alloca
 // @param value Receives one value, the penalty, without `factor`; NULL: not wanted.
 //
 // The pointers are in the memory of the context's backend.
-adalora_status_t adalora_allocator_orthogonality(const struct adalora_allocator_t *allocator,
+adalora_status_t adalora_allocator_orthogonality(struct adalora_allocator_t *allocator,
                                                  const double *gram,
                                                  double weight,
                                                  const double *factor,
@@ -652,7 +614,7 @@ adalora_status_t adalora_allocator_orthogonality(const struct adalora_allocator_
 // @param has_grad [n_adapters], 0: that adapter's gradients are not read; NULL: all are.
 // @param sum_of_squares One value, added to.
 // @param found_inf One value, set to 1 where a gradient is not finite, else left alone; NULL: not wanted.
-adalora_status_t adalora_allocator_gradient_norm(const struct adalora_allocator_t *allocator,
+adalora_status_t adalora_allocator_gradient_norm(struct adalora_allocator_t *allocator,
                                                  const uint8_t *has_grad,
                                                  double *sum_of_squares,
                                                  float *found_inf,
@@ -756,6 +718,63 @@ adalora_status_t adalora_allocator_load_state_sync(struct adalora_allocator_t *a
                                                    const void *bytes,
                                                    size_t size,
                                                    void *stream);
+
+// Makes a context. No thread is started and no device memory taken before it is asked to compute or to prepare.
+//
+// @param desc What to make; `backend` must be named.
+// @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
+// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this library or
+// machine lacks the backend, with what was looked for.
+adalora_status_t adalora_context_create(const struct adalora_context_desc_t *desc,
+                                        struct adalora_context_t **context);
+
+// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, modules and what
+// cuBLAS holds for this thread. May allocate and synchronise; nothing else that takes a stream does.
+//
+// @param stream A `cudaStream_t` on CUDA; not read on the CPU.
+adalora_status_t adalora_context_prepare(struct adalora_context_t *context,
+                                         void *stream);
+
+// Says in words what the context computes with: library version, backend, threads, instruction set, libraries and their paths.
+//
+// @param text Receives the text, ended by a zero byte; NULL to ask for the size alone.
+// @param bytes In: the room at `text`. Out: the bytes needed, the zero byte included, also where the room is too small.
+// @return `ADALORA_ERROR_INVALID_ARGUMENT` where the room is too small; then `text` is not written.
+adalora_status_t adalora_context_describe(const struct adalora_context_t *context,
+                                          char *text,
+                                          size_t *bytes);
+
+// From the sum of squares of all gradients (`adalora_allocator_gradient_norm`, and the trainer's own) makes the factor that unscales and
+// clips them: `min(1, max_norm / (norm + 1e-6)) / loss_scale` with `norm = sqrt(sum_of_squares) / loss_scale`, as PyTorch's `clip_grad_norm_` has it.
+//
+// @param sum_of_squares One value.
+// @param loss_scale One value, what the loss was multiplied by; NULL: 1.
+// @param max_norm Above 0; infinity clips nothing.
+// @param grad_factor Receives one value.
+//
+// The pointers are in the memory of the context's backend.
+adalora_status_t adalora_context_gradient_factor(const struct adalora_context_t *context,
+                                                 const double *sum_of_squares,
+                                                 const double *loss_scale,
+                                                 double max_norm,
+                                                 double *grad_factor,
+                                                 void *stream);
+
+// Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with the last of them.
+void adalora_context_destroy(struct adalora_context_t *context);
+
+// Version of the library: `major << 16 | minor << 8 | patch`.
+uint32_t adalora_version(void);
+
+// Version of the interface that the library serves: compare it with `ADALORA_ABI_VERSION` after loading.
+uint32_t adalora_abi_version(void);
+
+// The name of a status, such as "ADALORA_ERROR_INVALID_ARGUMENT"; "unknown status" for another number. Never NULL, valid for ever.
+const char *adalora_status_name(adalora_status_t status);
+
+// The text of this thread's last error: which call, which adapter, which argument, what was found and what was expected. Empty before the first. A call
+// that succeeds leaves it alone. Never NULL; valid until this thread's next failing call.
+const char *adalora_last_error(void);
 
 #ifdef __cplusplus
 }  // extern "C"

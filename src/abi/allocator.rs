@@ -137,12 +137,12 @@ pub unsafe extern "C" fn adalora_allocator_budget(
 /// @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that share the parameters sum it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_gram(
-    allocator: Option<&Allocator>,
+    allocator: Option<NonNull<Allocator>>,
     gram: *mut f64,
     stream: *mut c_void,
 ) -> Status {
     guard("adalora_allocator_gram", || {
-        let allocator = required(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
+        let allocator = shared(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
         allocator.gram(read::address(gram), stream.into())
     })
 }
@@ -160,7 +160,7 @@ pub unsafe extern "C" fn adalora_allocator_gram(
 /// The pointers are in the memory of the context's backend.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_orthogonality(
-    allocator: Option<&Allocator>,
+    allocator: Option<NonNull<Allocator>>,
     gram: *const f64,
     weight: f64,
     factor: *const f64,
@@ -168,7 +168,7 @@ pub unsafe extern "C" fn adalora_allocator_orthogonality(
     stream: *mut c_void,
 ) -> Status {
     guard("adalora_allocator_orthogonality", || {
-        let allocator = required(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
+        let allocator = shared(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
         allocator.orthogonality(
             read::optional_address(gram),
             weight,
@@ -187,14 +187,14 @@ pub unsafe extern "C" fn adalora_allocator_orthogonality(
 /// @param found_inf One value, set to 1 where a gradient is not finite, else left alone; NULL: not wanted.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_gradient_norm(
-    allocator: Option<&Allocator>,
+    allocator: Option<NonNull<Allocator>>,
     has_grad: *const u8,
     sum_of_squares: *mut f64,
     found_inf: *mut f32,
     stream: *mut c_void,
 ) -> Status {
     guard("adalora_allocator_gradient_norm", || {
-        let allocator = required(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
+        let allocator = shared(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
         allocator.gradient_norm(
             read::optional_address(has_grad),
             read::one(sum_of_squares, "sum_of_squares")?,

@@ -95,6 +95,7 @@ pub struct Matrix {
 /// Under tensor parallelism `A` and `B` are this process's share: `in_local` columns of A, `out_local` rows of B.
 #[repr(C)]
 #[derive(Clone, Copy)]
+#[expect(non_snake_case, reason = "the paper's names")]
 pub struct Triplets {
     /// Right vectors, [rank, in_local].
     pub A: Matrix,
@@ -314,7 +315,8 @@ pub struct Step {
     pub step: *const i64,
     /// Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
     pub grad_factor: *const f64,
-    /// Above 0 where a gradient anywhere in the model is not finite, one value; NULL: 0. Then AdamW and importance do nothing this step.
+    /// Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing this step. NULL: the library looks
+    /// itself, at the cost of one more reading of the gradients; a sharded allocator needs it.
     pub found_inf: *const f32,
     /// [n_adapters], 0 where the adapter has no gradient this step; NULL: all have one.
     pub has_grad: *const u8,

@@ -1,0 +1,443 @@
+//! Where everything lies: the caller's slices, checked against the model and against each other.
+
+use super::{Model, Sizes};
+use crate::adapter::ALIGNMENT;
+use crate::error::{At, Code, Error, Result};
+use crate::tensor::{Address, Dtype};
+use std::sync::Arc;
+
+/// Which of an adapter's matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Factor {
+    /// Right vectors, [rank, in].
+    A,
+    /// Values, [rank].
+    E,
+    /// Left vectors, [out, rank].
+    B,
+}
+
+/// A slice as the caller described it.
+#[derive(Clone, Copy, Debug)]
+#[expect(missing_docs, reason = "the header's adalora_slice_t documents each field")]
+pub struct SliceSource {
+    pub adapter: i64,
+    pub factor: Factor,
+    pub begin: i64,
+    pub end: i64,
+    pub hyper: i32,
+    pub p_dtype: Option<Dtype>,
+    pub g_dtype: Option<Dtype>,
+    pub replica: bool,
+    pub p: Address,
+    pub p_low: Option<Address>,
+    pub g: Address,
+    pub m: Option<Address>,
+    pub v: Option<Address>,
+    pub exp_avg_ipt: Address,
+    pub exp_avg_unc: Address,
+}
+
+/// AdamW's hyperparameters: where the changing ones lie, and the constant ones.
+#[derive(Clone, Copy, Debug)]
+pub struct HyperSource {
+    /// Learning rate, one f64.
+    pub lr: Address,
+    /// Weight decay, one f64.
+    pub weight_decay: Address,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+}
+
+/// A slice, checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Slice {
+    /// Position of the adapter.
+    pub adapter: usize,
+    /// Which matrix.
+    pub factor: Factor,
+    /// First element.
+    pub begin: usize,
+    /// One past the last.
+    pub end: usize,
+    /// Position of its hyperparameters.
+    pub hyper: usize,
+    /// Another process counts it.
+    pub replica: bool,
+    /// Parameters and their type.
+    pub p: (Address, Dtype),
+    /// Half-precision copy and its type.
+    pub p_low: Option<(Address, Dtype)>,
+    /// Gradients and their type.
+    pub g: (Address, Dtype),
+    /// AdamW's moments, of the state type.
+    pub moments: Option<(Address, Address)>,
+    /// Smoothed sensitivity, of the state type.
+    pub exp_avg_ipt: Address,
+    /// Its uncertainty, of the state type.
+    pub exp_avg_unc: Address,
+    /// The state type.
+    pub state_dtype: Dtype,
+    /// Position in the caller's array, by which messages name it.
+    pub index: usize,
+}
+
+impl Slice {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.end - self.begin
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.begin == self.end
+    }
+}
+
+/// Some whole columns of a factor P, where P is A, or B transposed: for each of its rank rows, where they begin.
+#[derive(Clone, Debug)]
+pub struct Panel {
+    /// Position of the adapter.
+    pub adapter: usize,
+    /// A or B.
+    pub factor: Factor,
+    /// Number of columns.
+    pub columns: usize,
+    /// Another process counts them.
+    pub replica: bool,
+    /// Slice and element in it at which each row begins: one for each row of A; for B, whose rows lie across, one for all.
+    pub rows: Vec<(usize, usize)>,
+}
+
+/// Where everything lies.
+pub struct Binding {
+    /// Whose.
+    pub model: Arc<Model>,
+    /// The caller's state.
+    pub state: Address,
+    /// The caller's workspace.
+    pub workspace: Address,
+    /// Slices, by adapter, matrix and element.
+    pub slices: Vec<Slice>,
+    /// Hyperparameters.
+    pub hypers: Vec<HyperSource>,
+    panels: std::result::Result<Vec<Panel>, String>,
+}
+
+impl Binding {
+    /// Checks slices, hyperparameters and buffers.
+    pub fn new(
+        model: Arc<Model>,
+        (state, workspace): (Address, Address),
+        sizes: Sizes,
+        sources: &[SliceSource],
+        hypers: &[HyperSource],
+    ) -> Result<Self> {
+        state.check("state", ALIGNMENT)?;
+        if sizes.workspace > 0 {
+            workspace.check("workspace", ALIGNMENT)?;
+        }
+        for (i, hyper) in hypers.iter().enumerate() {
+            hyper.check().at_index("hypers", i)?;
+        }
+        let mut slices = Vec::with_capacity(sources.len());
+        for (i, source) in sources.iter().enumerate() {
+            slices.push(source.check(i, &model, hypers.len()).at_index("slices", i)?);
+        }
+        slices.sort_by_key(|s| (s.adapter, s.factor, s.begin, s.index));
+        check_coverage(&model, &slices)?;
+        check_overlaps(&slices, [("state", state, sizes.state), ("workspace", workspace, sizes.workspace)])?;
+        let panels = panels(&model, &slices);
+        Ok(Self { model, state, workspace, slices, hypers: hypers.to_vec(), panels })
+    }
+
+    /// Whole columns of all factors; an error where this process owns some only in part.
+    pub fn panels(&self) -> Result<&[Panel]> {
+        self.panels.as_deref().map_err(|text| Error::new(Code::InvalidState, text.clone()))
+    }
+
+    /// Refuses AdamW where moments or hyperparameters are not bound.
+    pub fn serves_adamw(&self) -> Result<()> {
+        let lacking = |what: &str, slice: &Slice| {
+            Error::new(
+                Code::InvalidState,
+                format!("with_adamw: found 1, expected 0: slices[{}] was bound without {what}", slice.index),
+            )
+        };
+        for slice in self.slices.iter().filter(|s| !s.is_empty()) {
+            if slice.moments.is_none() {
+                return Err(lacking("m and v", slice));
+            }
+            if self.hypers.is_empty() {
+                return Err(lacking("hyperparameters", slice));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl HyperSource {
+    fn check(&self) -> Result<()> {
+        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::argument(name, beta, "a number in [0, 1)"));
+            }
+        }
+        if !(self.eps.is_finite() && self.eps >= 0.0) {
+            return Err(Error::argument("eps", self.eps, "a finite number, 0 or more"));
+        }
+        Ok(())
+    }
+}
+
+impl SliceSource {
+    fn check(&self, index: usize, model: &Model, n_hypers: usize) -> Result<Slice> {
+        let adapters = model.geometries.len();
+        let adapter = usize::try_from(self.adapter)
+            .ok()
+            .filter(|a| *a < adapters)
+            .ok_or_else(|| Error::argument("adapter", self.adapter, format_args!("0 to {}", adapters - 1)))?;
+        let geometry = &model.geometries[adapter];
+        let size = match self.factor {
+            Factor::A => geometry.rank * geometry.input.whole,
+            Factor::E => geometry.rank,
+            Factor::B => geometry.rank * geometry.output.whole,
+        };
+        let range = usize::try_from(self.begin).ok().zip(usize::try_from(self.end).ok());
+        let (begin, end) = range.filter(|(begin, end)| begin <= end && *end <= size).ok_or_else(|| {
+            Error::argument(
+                "begin and end",
+                format_args!("{} and {}", self.begin, self.end),
+                format_args!("a range within the {size} elements of {:?}", self.factor),
+            )
+        })?;
+        let hyper = usize::try_from(self.hyper)
+            .ok()
+            .filter(|h| *h < n_hypers.max(1))
+            .ok_or_else(|| Error::argument("hyper", self.hyper, format_args!("less than n_hyper = {n_hypers}")))?;
+        let state_dtype = geometry.compute_dtype();
+        let low = geometry.param_dtype;
+        if self.p_low.is_some() && low == state_dtype {
+            return Err(Error::argument(
+                "p_low",
+                "an address",
+                format_args!("NULL: the adapter's parameters are {low}, and need no half-precision copy"),
+            ));
+        }
+        let own = if self.p_low.is_some() { state_dtype } else { low };
+        let p_dtype = self.p_dtype.unwrap_or(own);
+        if p_dtype != own {
+            return Err(Error::argument("p_dtype", p_dtype, own));
+        }
+        let g_dtype = self.g_dtype.unwrap_or(low);
+        if g_dtype != low && g_dtype != state_dtype {
+            return Err(Error::argument("g_dtype", g_dtype, format_args!("{low} or {state_dtype}")));
+        }
+        let moments = match (self.m, self.v) {
+            (Some(m), Some(v)) => Some((m, v)),
+            (None, None) => None,
+            (None, _) => return Err(Error::argument("m", "NULL beside v", "an address, or NULL for both")),
+            (_, None) => return Err(Error::argument("v", "NULL beside m", "an address, or NULL for both")),
+        };
+        if begin < end {
+            self.p.check("p", p_dtype.size())?;
+            self.g.check("g", g_dtype.size())?;
+            if let Some(p_low) = self.p_low {
+                p_low.check("p_low", low.size())?;
+            }
+            if let Some((m, v)) = moments {
+                m.check("m", state_dtype.size())?;
+                v.check("v", state_dtype.size())?;
+            }
+            self.exp_avg_ipt.check("exp_avg_ipt", state_dtype.size())?;
+            self.exp_avg_unc.check("exp_avg_unc", state_dtype.size())?;
+        }
+        Ok(Slice {
+            adapter,
+            factor: self.factor,
+            begin,
+            end,
+            hyper,
+            replica: self.replica,
+            p: (self.p, p_dtype),
+            p_low: self.p_low.map(|p| (p, low)),
+            g: (self.g, g_dtype),
+            moments,
+            exp_avg_ipt: self.exp_avg_ipt,
+            exp_avg_unc: self.exp_avg_unc,
+            state_dtype,
+            index,
+        })
+    }
+}
+
+/// Refuses elements that two slices claim, and, unless sharded, elements that none does.
+fn check_coverage(model: &Model, slices: &[Slice]) -> Result<()> {
+    let mut rest = slices;
+    for (adapter, geometry) in model.geometries.iter().enumerate() {
+        let sizes = [
+            (Factor::A, geometry.rank * geometry.input.whole),
+            (Factor::E, geometry.rank),
+            (Factor::B, geometry.rank * geometry.output.whole),
+        ];
+        for (factor, size) in sizes {
+            let n = rest.partition_point(|s| (s.adapter, s.factor) <= (adapter, factor));
+            let (own, more) = rest.split_at(n);
+            rest = more;
+            let mut next = 0;
+            let missing = |begin: usize, end: usize| {
+                Error::argument(
+                    "slices",
+                    format_args!("none for elements {begin} to {end} of {factor:?} of adapter {adapter}"),
+                    "all: the allocator is not sharded",
+                )
+            };
+            for slice in own.iter().filter(|s| !s.is_empty()) {
+                if slice.begin < next {
+                    return Err(Error::argument(
+                        "begin",
+                        format_args!("element {} of {factor:?} of adapter {adapter} a second time", slice.begin),
+                        "each element in one slice",
+                    ))
+                    .at_index("slices", slice.index);
+                }
+                if slice.begin > next && !model.sharded {
+                    return Err(missing(next, slice.begin));
+                }
+                next = slice.end;
+            }
+            if next < size && !model.sharded {
+                return Err(missing(next, size));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses arrays that share memory.
+fn check_overlaps(slices: &[Slice], buffers: [(&'static str, Address, usize); 2]) -> Result<()> {
+    let mut places: Vec<(usize, usize, &'static str, Option<usize>)> = Vec::with_capacity(7 * slices.len() + 2);
+    for (name, address, bytes) in buffers {
+        places.push((address.0, address.0 + bytes, name, None));
+    }
+    for slice in slices.iter().filter(|s| !s.is_empty()) {
+        let mut push = |name, address: Address, dtype: Dtype| {
+            let bytes = slice.len() * dtype.size();
+            places.push((address.0, address.0.saturating_add(bytes), name, Some(slice.index)));
+        };
+        push("p", slice.p.0, slice.p.1);
+        push("g", slice.g.0, slice.g.1);
+        if let Some((p_low, dtype)) = slice.p_low {
+            push("p_low", p_low, dtype);
+        }
+        if let Some((m, v)) = slice.moments {
+            push("m", m, slice.state_dtype);
+            push("v", v, slice.state_dtype);
+        }
+        push("exp_avg_ipt", slice.exp_avg_ipt, slice.state_dtype);
+        push("exp_avg_unc", slice.exp_avg_unc, slice.state_dtype);
+    }
+    places.sort_unstable();
+    let named = |name: &str, index: Option<usize>| match index {
+        Some(i) => format!("slices[{i}].{name}"),
+        None => name.to_owned(),
+    };
+    for pair in places.windows(2) {
+        let ((_, end, first, i), (begin, _, second, j)) = (pair[0], pair[1]);
+        if begin < end {
+            return Err(Error::argument(
+                named(second, j),
+                format_args!("memory that overlaps {}", named(first, i)),
+                "memory of its own",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whole columns of each factor, or why there are none.
+fn panels(model: &Model, slices: &[Slice]) -> std::result::Result<Vec<Panel>, String> {
+    let mut panels = Vec::new();
+    for (adapter, geometry) in model.geometries.iter().enumerate() {
+        let first = slices.partition_point(|s| s.adapter < adapter);
+        let own = |factor| {
+            slices[first..]
+                .iter()
+                .enumerate()
+                .take_while(move |(_, s)| s.adapter == adapter)
+                .filter(move |(_, s)| s.factor == factor && !s.is_empty())
+                .map(move |(i, s)| (first + i, s))
+        };
+        if geometry.rank > 0 {
+            columns_of_a(adapter, geometry.rank, geometry.input.whole, &own(Factor::A).collect::<Vec<_>>(), &mut panels)?;
+        }
+        for (i, slice) in own(Factor::B) {
+            if slice.begin % geometry.rank != 0 || slice.end % geometry.rank != 0 {
+                return Err(format!(
+                    "slices[{}]: found elements {} to {} of B of adapter {adapter}, expected whole rows of {} elements for \
+                     Gram matrices and orthogonality",
+                    slice.index, slice.begin, slice.end, geometry.rank
+                ));
+            }
+            panels.push(Panel {
+                adapter,
+                factor: Factor::B,
+                columns: slice.len() / geometry.rank,
+                replica: slice.replica,
+                rows: vec![(i, 0)],
+            });
+        }
+    }
+    Ok(panels)
+}
+
+fn columns_of_a(
+    adapter: usize,
+    rank: usize,
+    features: usize,
+    own: &[(usize, &Slice)],
+    panels: &mut Vec<Panel>,
+) -> std::result::Result<(), String> {
+    // Pieces of rows: (row, first column, one past the last, slice, element in the slice).
+    let mut pieces = Vec::new();
+    for (i, slice) in own {
+        let mut at = slice.begin;
+        while at < slice.end {
+            let row = at / features;
+            let end = slice.end.min((row + 1) * features);
+            pieces.push((row, at - row * features, end - row * features, *i, at - slice.begin));
+            at = end;
+        }
+    }
+    let mut cuts: Vec<usize> = pieces.iter().flat_map(|p| [p.1, p.2]).collect();
+    cuts.sort_unstable();
+    cuts.dedup();
+    for cut in cuts.windows(2) {
+        let (begin, end) = (cut[0], cut[1]);
+        let rows: Vec<_> = pieces.iter().filter(|p| p.1 <= begin && end <= p.2).collect();
+        if rows.is_empty() {
+            continue;
+        }
+        let slice_of = |i: usize| own.iter().find(|(k, _)| *k == i).map(|(_, s)| s);
+        let replicas = rows.iter().filter(|p| slice_of(p.3).is_some_and(|s| s.replica)).count();
+        if rows.len() != rank || (replicas != 0 && replicas != rank) {
+            return Err(format!(
+                "slices: found {} of {rank} rows ({replicas} of them replicas) for columns {begin} to {end} of A of adapter {adapter}, \
+                 expected whole columns for Gram matrices and orthogonality",
+                rows.len()
+            ));
+        }
+        panels.push(Panel {
+            adapter,
+            factor: Factor::A,
+            columns: end - begin,
+            replica: replicas > 0,
+            rows: rows.iter().map(|p| (p.3, p.4 + begin - p.1)).collect(),
+        });
+    }
+    Ok(())
+}

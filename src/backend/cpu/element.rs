@@ -1,0 +1,123 @@
+//! Between the caller's element types and the type that sums are taken in.
+
+use super::simd::Real;
+use crate::tensor::{Address, Dtype};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+/// A pointer to what the caller has there.
+pub(super) fn pointer<T>(address: Address) -> *mut T {
+    std::ptr::with_exposed_provenance_mut(address.0)
+}
+
+/// The element type of a compute type.
+pub(super) fn is_own<T: Real>(dtype: Dtype) -> bool {
+    dtype.size() == size_of::<T>()
+}
+
+/// Half-precision elements are converted this many at a time.
+const BATCH: usize = 64;
+
+/// Converts `n` elements into the compute type.
+///
+/// # Safety
+/// `n` elements of `dtype` can be read at `from`, aligned to their type, and `n` of T written at `to`; they do not overlap.
+pub(super) unsafe fn load<T: Real>(dtype: Dtype, from: Address, n: usize, to: *mut T) {
+    // SAFETY: as this function asks.
+    unsafe {
+        match dtype {
+            Dtype::Float32 => copy::<f32, T>(pointer(from), n, to, |x| T::from_f64(f64::from(x))),
+            Dtype::Float64 => copy::<f64, T>(pointer(from), n, to, T::from_f64),
+            Dtype::Bfloat16 => {
+                copy::<u16, T>(pointer(from), n, to, |x| T::from_f64(f64::from(f32::from_bits(u32::from(x) << 16))));
+            }
+            Dtype::Float16 => {
+                let mut wide = [0f32; BATCH];
+                for begin in (0..n).step_by(BATCH) {
+                    let count = BATCH.min(n - begin);
+                    let narrow = std::slice::from_raw_parts(pointer::<f16>(from).add(begin), count);
+                    narrow.convert_to_f32_slice(&mut wide[..count]);
+                    copy(wide.as_ptr(), count, to.add(begin), |x| T::from_f64(f64::from(x)));
+                }
+            }
+        }
+    }
+}
+
+/// Rounds `n` elements of the compute type to the caller's.
+///
+/// # Safety
+/// `n` elements of T can be read at `from`, and `n` of `dtype` written at `to`, aligned to their type; they do not overlap.
+pub(super) unsafe fn store<T: Real>(dtype: Dtype, from: *const T, n: usize, to: Address) {
+    // SAFETY: as this function asks.
+    unsafe {
+        match dtype {
+            Dtype::Float32 => copy::<T, f32>(from, n, pointer(to), |x| Into::<f64>::into(x) as f32),
+            Dtype::Float64 => copy::<T, f64>(from, n, pointer(to), Into::into),
+            Dtype::Bfloat16 => copy::<T, bf16>(from, n, pointer(to), |x| bf16::from_f64(x.into())),
+            Dtype::Float16 => {
+                let mut wide = [0f32; BATCH];
+                for begin in (0..n).step_by(BATCH) {
+                    let count = BATCH.min(n - begin);
+                    copy(from.add(begin), count, wide.as_mut_ptr(), |x| Into::<f64>::into(x) as f32);
+                    let narrow = std::slice::from_raw_parts_mut(pointer::<f16>(to).add(begin), count);
+                    narrow.convert_from_f32_slice(&wide[..count]);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `n` elements can be read at `from` and written at `to`; they do not overlap.
+#[inline(always)]
+unsafe fn copy<S: Copy, D>(from: *const S, n: usize, to: *mut D, convert: impl Fn(S) -> D) {
+    for i in 0..n {
+        // SAFETY: i is below n.
+        unsafe { to.add(i).write(convert(*from.add(i))) };
+    }
+}
+
+/// One element in float64.
+///
+/// # Safety
+/// An element of `dtype` can be read there.
+pub(super) unsafe fn read(dtype: Dtype, from: Address) -> f64 {
+    // SAFETY: as this function asks.
+    unsafe {
+        match dtype {
+            Dtype::Float32 => f64::from(*pointer::<f32>(from)),
+            Dtype::Float64 => *pointer::<f64>(from),
+            Dtype::Bfloat16 => (*pointer::<bf16>(from)).to_f64(),
+            Dtype::Float16 => (*pointer::<f16>(from)).to_f64(),
+        }
+    }
+}
+
+/// Rounds a float64 to one element; returns whether it is finite there.
+///
+/// # Safety
+/// An element of `dtype` can be written there.
+pub(super) unsafe fn write(dtype: Dtype, value: f64, to: Address) -> bool {
+    // SAFETY: as this function asks.
+    unsafe {
+        match dtype {
+            Dtype::Float32 => {
+                *pointer::<f32>(to) = value as f32;
+                (value as f32).is_finite()
+            }
+            Dtype::Float64 => {
+                *pointer::<f64>(to) = value;
+                value.is_finite()
+            }
+            Dtype::Bfloat16 => {
+                *pointer::<bf16>(to) = bf16::from_f64(value);
+                bf16::from_f64(value).is_finite()
+            }
+            Dtype::Float16 => {
+                *pointer::<f16>(to) = f16::from_f64(value);
+                f16::from_f64(value).is_finite()
+            }
+        }
+    }
+}

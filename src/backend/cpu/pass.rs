@@ -1,0 +1,729 @@
+//! Forward and backward. Blocks of tokens go through both factors while they are in cache, so that x, y, dy and dx are each touched once.
+//!
+//! Tokens are cut into chunks whose size depends on the shape alone. Backward sums each chunk's gradients apart and adds the chunks in
+//! order, so that the number of threads changes no bit.
+
+use super::Host;
+use super::element::{is_own, load, pointer, store};
+use super::kernels::{Coefficients, Order, Rows, accumulate, dot};
+use super::simd::Real;
+use crate::adapter::{ALIGNMENT, Call, Geometry, Pass};
+use crate::error::{Error, Result};
+use crate::philox::Dropout;
+use crate::tensor::{Address, Dtype, Matrix};
+use std::marker::PhantomData;
+
+/// Tokens that go through all products together; at a width of 768, x, y and the factors stay in the second cache.
+const BLOCK: usize = 32;
+/// Tokens of a task of the forward pass.
+const FORWARD_CHUNK: usize = 2 * BLOCK;
+/// Fewest tokens and largest number of chunks of the backward pass: each has a sum of its own to be added in the end.
+const BACKWARD_CHUNK: usize = 4 * BLOCK;
+const MOST_CHUNKS: usize = 16;
+/// Multiplications below which waking other threads costs more than it gains.
+const SERIAL_WORK: usize = 1 << 18;
+/// Gradient elements that are added over chunks at a time.
+const PIECE: usize = 256;
+
+/// Tokens of a chunk of the backward pass.
+fn chunk_tokens(tokens: usize) -> usize {
+    tokens.div_ceil(MOST_CHUNKS).next_multiple_of(BLOCK).max(BACKWARD_CHUNK)
+}
+
+/// Hands out the workspace, piece after piece; also computes how much there must be.
+struct Arena {
+    next: usize,
+    overflow: bool,
+}
+
+impl Arena {
+    fn new(begin: Address) -> Self {
+        Self { next: begin.0, overflow: false }
+    }
+
+    fn take<T>(&mut self, counts: &[usize]) -> *mut T {
+        let address = self.next;
+        let bytes = counts.iter().try_fold(size_of::<T>(), |n, count| n.checked_mul(*count));
+        let end = bytes.and_then(|b| b.checked_next_multiple_of(ALIGNMENT)).and_then(|b| address.checked_add(b));
+        self.overflow |= end.is_none_or(|end| isize::try_from(end).is_err());
+        self.next = end.unwrap_or(0);
+        pointer(Address(address))
+    }
+}
+
+/// One adapter's factors, made ready: its live triplets, those with a value first.
+struct Share<T> {
+    rank: usize,
+    /// Numbers of the live triplets; those whose E is not zero come first.
+    order: *mut u32,
+    live: usize,
+    active: usize,
+    /// E of the live ones.
+    e: *mut T,
+    /// Rows of A, in order.
+    a: Rows<T>,
+    packs_a: bool,
+    /// Rows of B transposed, in order.
+    bt: Rows<T>,
+}
+
+impl<T: Real> Share<T> {
+    fn new(arena: &mut Arena, g: &Geometry) -> Self {
+        let (rank, input, output) = (g.rank, g.input.local, g.output.local);
+        Self {
+            rank,
+            order: arena.take(&[rank]),
+            live: 0,
+            active: 0,
+            e: arena.take(&[rank]),
+            a: Rows::new(arena.take(&[rank, input]), input),
+            packs_a: false,
+            bt: Rows::new(arena.take(&[rank, output]), output),
+        }
+    }
+
+    /// Finds the live triplets.
+    ///
+    /// # Safety
+    /// The call was checked, and the arena's memory is this share's alone.
+    unsafe fn list(&mut self, call: &Call) {
+        // SAFETY: E and the pattern have `rank` elements, and so have the arena's.
+        unsafe {
+            let value = |i: usize| {
+                let mut value = T::default();
+                load(call.params.e.dtype, element(&call.params.e, i), 1, &raw mut value);
+                value
+            };
+            let kept = |i: usize| call.pattern.is_none_or(|p| *pointer::<u8>(p).add(i) != 0);
+            for zero in [false, true] {
+                for i in (0..self.rank).filter(|i| kept(*i) && (value(*i) == T::zero()) == zero) {
+                    *self.order.add(self.live) = i as u32;
+                    *self.e.add(self.live) = value(i);
+                    self.live += 1;
+                }
+                if !zero {
+                    self.active = self.live;
+                }
+            }
+            let in_order = (0..self.live).all(|k| *self.order.add(k) as usize == k);
+            let a = &call.params.a;
+            self.packs_a = !(is_own::<T>(a.dtype) && in_order);
+            if !self.packs_a {
+                self.a = Rows::new(pointer(a.data), a.row_stride);
+            }
+        }
+    }
+
+    /// Brings the factors into order and into the compute type.
+    ///
+    /// # Safety
+    /// As [`Share::list`], which ran before.
+    unsafe fn pack(&self, call: &Call) {
+        let (a, b) = (&call.params.a, &call.params.b);
+        // SAFETY: within the matrices and the arena's copies of them.
+        unsafe {
+            if self.packs_a {
+                for k in 0..self.live {
+                    let row = *self.order.add(k) as usize;
+                    load(a.dtype, row_of(a, row), a.columns, self.a.from(k).data);
+                }
+            }
+            let mut wide = [T::default(); PIECE];
+            for o in 0..b.rows {
+                for begin in (0..self.rank).step_by(PIECE) {
+                    let n = PIECE.min(self.rank - begin);
+                    load(b.dtype, row_of(b, o).add(begin * b.dtype.size()), n, wide.as_mut_ptr());
+                    for k in 0..self.live {
+                        let triplet = *self.order.add(k) as usize;
+                        if (begin..begin + n).contains(&triplet) {
+                            *self.bt.data.add(k * self.bt.stride + o) = wide[triplet - begin];
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Copies live columns of a saved [tokens, rank] matrix into order.
+    ///
+    /// # Safety
+    /// `from` has rows of `rank` elements, `to` rows of `live`, m each.
+    unsafe fn gather(&self, m: usize, from: *const T, to: Rows<T>) {
+        for t in 0..m {
+            for k in 0..self.live {
+                // SAFETY: as this function asks.
+                unsafe { *to.data.add(t * to.stride + k) = *from.add(t * self.rank + *self.order.add(k) as usize) };
+            }
+        }
+    }
+
+    /// The reverse; columns of other triplets become zero.
+    ///
+    /// # Safety
+    /// As [`Share::gather`].
+    unsafe fn scatter(&self, m: usize, from: Rows<T>, to: *mut T) {
+        for t in 0..m {
+            // SAFETY: as this function asks.
+            unsafe {
+                let row = to.add(t * self.rank);
+                if self.live < self.rank {
+                    row.write_bytes(0, self.rank);
+                }
+                for k in 0..self.live {
+                    *row.add(*self.order.add(k) as usize) = *from.data.add(t * from.stride + k);
+                }
+            }
+        }
+    }
+}
+
+/// Sums of one chunk's gradients, for one adapter; rows in the share's order.
+struct Partial<T> {
+    a: Rows<T>,
+    bt: Rows<T>,
+    e: *mut T,
+}
+
+impl<T: Real> Partial<T> {
+    fn new(arena: &mut Arena, g: &Geometry) -> Self {
+        Self {
+            a: Rows::new(arena.take(&[g.rank, g.input.local]), g.input.local),
+            bt: Rows::new(arena.take(&[g.rank, g.output.local]), g.output.local),
+            e: arena.take(&[g.rank]),
+        }
+    }
+}
+
+/// A worker's own memory, for one block of tokens.
+struct Scratch<T> {
+    /// x, converted.
+    x: Rows<T>,
+    /// x, dropped out, for one adapter.
+    dropped: Rows<T>,
+    /// dx, converted.
+    dx: Rows<T>,
+    /// One adapter's share of dx, before the mask.
+    masked: Rows<T>,
+    /// y or dy, converted.
+    y: Rows<T>,
+    h: Rows<T>,
+    g: Rows<T>,
+    scaled: Rows<T>,
+}
+
+impl<T: Real> Scratch<T> {
+    fn new(arena: &mut Arena, geometries: &[&Geometry]) -> Self {
+        let most = |f: fn(&Geometry) -> usize| geometries.iter().map(|g| f(g)).max().unwrap_or(0);
+        let (input, output, rank) = (most(|g| g.input.local), most(|g| g.output.local), most(|g| g.rank));
+        let mut rows = |columns| Rows::new(arena.take(&[BLOCK, columns]), columns);
+        Self {
+            x: rows(input),
+            dropped: rows(input),
+            dx: rows(input),
+            masked: rows(input),
+            y: rows(output),
+            h: rows(rank),
+            g: rows(rank),
+            scaled: rows(rank),
+        }
+    }
+}
+
+/// The workspace of a pass.
+struct Layout<T> {
+    begin: usize,
+    /// From here on, a worker each.
+    scratch: usize,
+    scratch_bytes: usize,
+    /// From here on, a chunk each.
+    partials: usize,
+    partial_bytes: usize,
+    chunk: usize,
+    chunks: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Real> Layout<T> {
+    fn new(begin: Address, geometries: &[&Geometry], tokens: usize, threads: usize) -> Option<Self> {
+        let mut arena = Arena::new(begin);
+        for g in geometries {
+            Share::<T>::new(&mut arena, g);
+        }
+        let shares = arena.next;
+        Scratch::<T>::new(&mut arena, geometries);
+        let scratch_bytes = arena.next.wrapping_sub(shares);
+        let mut chunk = Arena::new(Address(0));
+        for g in geometries {
+            Partial::<T>::new(&mut chunk, g);
+        }
+        let size = chunk_tokens(tokens);
+        let chunks = tokens.div_ceil(size);
+        let partials = scratch_bytes.checked_mul(threads).and_then(|n| n.checked_add(shares))?;
+        let end = chunk.next.checked_mul(chunks).and_then(|n| n.checked_add(partials))?;
+        let fits = !arena.overflow && !chunk.overflow && isize::try_from(end).is_ok();
+        fits.then_some(Self {
+            begin: begin.0,
+            scratch: shares,
+            scratch_bytes,
+            partials,
+            partial_bytes: chunk.next,
+            chunk: size,
+            chunks,
+            element: PhantomData,
+        })
+    }
+
+    fn bytes(&self) -> usize {
+        self.partials + self.partial_bytes * self.chunks - self.begin
+    }
+
+    fn scratch(&self, worker: usize, geometries: &[&Geometry]) -> Scratch<T> {
+        Scratch::new(&mut Arena::new(Address(self.scratch + worker * self.scratch_bytes)), geometries)
+    }
+
+    fn partials<'a>(
+        &self,
+        chunk: usize,
+        geometries: impl Iterator<Item = &'a Geometry>,
+    ) -> impl Iterator<Item = Partial<T>> {
+        let mut arena = Arena::new(Address(self.partials + chunk * self.partial_bytes));
+        geometries.map(move |g| Partial::new(&mut arena, g))
+    }
+}
+
+/// Bytes of workspace of a pass.
+pub(super) fn workspace(geometries: &[&Geometry], tokens: usize, threads: usize) -> Result<usize> {
+    let bytes = match geometries[0].compute_dtype() {
+        Dtype::Float64 => Layout::<f64>::new(Address(0), geometries, tokens, threads).map(|l| l.bytes()),
+        _ => Layout::<f32>::new(Address(0), geometries, tokens, threads).map(|l| l.bytes()),
+    };
+    bytes.ok_or_else(|| Error::argument("tokens", tokens, "fewer: the workspace overflows memory"))
+}
+
+fn row_of(matrix: &Matrix, row: usize) -> Address {
+    matrix.data.add(row * matrix.row_stride * matrix.dtype.size())
+}
+
+fn element(vector: &crate::tensor::Vector, i: usize) -> Address {
+    vector.data.add(i * vector.stride * vector.dtype.size())
+}
+
+/// The rows of a block: where they are if they are of the compute type, else converted.
+///
+/// # Safety
+/// The matrix was checked; `buffer` has room for m of its rows.
+unsafe fn block_of<T: Real>(matrix: &Matrix, first: usize, m: usize, buffer: Rows<T>) -> Rows<T> {
+    if is_own::<T>(matrix.dtype) {
+        return Rows::new(pointer(row_of(matrix, first)), matrix.row_stride);
+    }
+    let buffer = Rows::new(buffer.data, matrix.columns);
+    for t in 0..m {
+        // SAFETY: as this function asks.
+        unsafe { load(matrix.dtype, row_of(matrix, first + t), matrix.columns, buffer.from(t).data) };
+    }
+    buffer
+}
+
+/// Puts a converted block back.
+///
+/// # Safety
+/// As [`block_of`], which gave `rows`.
+unsafe fn put_back<T: Real>(matrix: &Matrix, first: usize, m: usize, rows: Rows<T>) {
+    if !is_own::<T>(matrix.dtype) {
+        for t in 0..m {
+            // SAFETY: as this function asks.
+            unsafe { store(matrix.dtype, rows.from(t).data, matrix.columns, row_of(matrix, first + t)) };
+        }
+    }
+}
+
+/// A pass in its compute type: the shares made ready, and where the workspace is.
+struct Run<'a, T> {
+    cpu: &'a Host,
+    pass: &'a Pass<'a>,
+    geometries: arrayvec::ArrayVec<&'a Geometry, { crate::adapter::MAX_GROUP }>,
+    layout: Layout<T>,
+    shares: arrayvec::ArrayVec<Share<T>, { crate::adapter::MAX_GROUP }>,
+    masks: arrayvec::ArrayVec<Option<(Dropout, u32)>, { crate::adapter::MAX_GROUP }>,
+    parallel: bool,
+}
+
+// SAFETY: what is shared is read only; tasks write disjoint rows, chunks and scratches.
+unsafe impl<T> Sync for Run<'_, T> {}
+
+impl<'a, T: Real> Run<'a, T> {
+    /// # Safety
+    /// The pass was checked against the geometries, and its workspace is large enough.
+    unsafe fn new(cpu: &'a Host, pass: &'a Pass<'a>) -> Result<Self> {
+        let geometries: arrayvec::ArrayVec<&Geometry, _> = pass.calls.iter().map(|c| c.geometry).collect();
+        let layout = Layout::new(pass.workspace.data, &geometries, pass.tokens, cpu.team.threads())
+            .ok_or_else(|| Error::argument("tokens", pass.tokens, "fewer: the workspace overflows memory"))?;
+        let mut arena = Arena::new(pass.workspace.data);
+        let mut run = Self {
+            cpu,
+            pass,
+            geometries,
+            layout,
+            shares: arrayvec::ArrayVec::new(),
+            masks: arrayvec::ArrayVec::new(),
+            parallel: false,
+        };
+        let mut factors = 0;
+        for call in &pass.calls {
+            let mut share = Share::new(&mut arena, call.geometry);
+            // SAFETY: as this function asks.
+            unsafe { share.list(call) };
+            factors += share.live * (call.geometry.input.local + call.geometry.output.local);
+            run.shares.push(share);
+            run.masks.push(call.dropout.map(|place| {
+                // SAFETY: checked addresses of one u64 each; the token was checked to fit 32 bits.
+                let (seed, offset) = unsafe { (*pointer::<u64>(place.seed), *pointer::<u64>(place.offset)) };
+                (Dropout::new(seed, offset, call.geometry.dropout), place.token0 as u32)
+            }));
+        }
+        run.parallel = factors * pass.tokens > SERIAL_WORK;
+        let parallel = factors > SERIAL_WORK;
+        cpu.team.run(pass.calls.len(), parallel, "workspace is", |i, _| {
+            // SAFETY: as this function asks; each share has memory of its own.
+            unsafe { run.pack(i) };
+        })?;
+        Ok(run)
+    }
+
+    /// # Safety
+    /// As [`Run::new`]; the share is this task's.
+    unsafe fn pack(&self, i: usize) {
+        // SAFETY: as this function asks.
+        unsafe { self.shares[i].pack(&self.pass.calls[i]) };
+    }
+
+    /// The input of adapter i for a block: x itself, or its dropped-out copy.
+    ///
+    /// # Safety
+    /// `x` has m rows, and the scratch is this worker's.
+    unsafe fn input(&self, i: usize, first: usize, m: usize, x: Rows<T>, scratch: &Scratch<T>) -> Rows<T> {
+        let Some((dropout, token0)) = &self.masks[i] else { return x };
+        let share = &self.geometries[i].input;
+        let scale = T::from_f64(dropout.keep_scale);
+        let to = Rows::new(scratch.dropped.data, share.local);
+        for t in 0..m {
+            let (from, to) = (x.from(t).data, to.from(t).data);
+            dropout.for_each(token0 + (first + t) as u32, share.begin, share.local, |c, stays| {
+                // SAFETY: column c of row t of both.
+                unsafe { *to.add(c) = if stays { *from.add(c) * scale } else { T::zero() } };
+            });
+        }
+        to
+    }
+
+    /// `out = values * factors * scaling`, for the first `columns` of each row.
+    ///
+    /// # Safety
+    /// m rows of both.
+    unsafe fn scale(
+        (m, columns): (usize, usize),
+        values: Rows<T>,
+        factors: *const T,
+        scaling: T,
+        out: Rows<T>,
+    ) {
+        for t in 0..m {
+            for k in 0..columns {
+                // SAFETY: as this function asks.
+                unsafe {
+                    *out.data.add(t * out.stride + k) = *values.data.add(t * values.stride + k) * *factors.add(k) * scaling;
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Run::new`]; the scratch is this worker's.
+    unsafe fn forward_block(&self, first: usize, m: usize, scratch: &Scratch<T>) {
+        let (pass, isa) = (self.pass, self.cpu.isa);
+        // SAFETY: everything was checked; rows `first..first + m` are this task's.
+        unsafe {
+            let x = pass.x.as_ref().map(|x| block_of(x, first, m, scratch.x));
+            for (i, call) in pass.calls.iter().enumerate() {
+                let share = &self.shares[i];
+                let h = Rows::new(scratch.h.data, share.live);
+                let saved = call.h.map(|h| pointer::<T>(h).add(first * share.rank));
+                match (x, saved) {
+                    (Some(x), saved) if saved.is_some() || share.active > 0 => {
+                        let input = self.input(i, first, m, x, scratch);
+                        let columns = if saved.is_some() { share.live } else { share.active };
+                        dot(isa, (m, columns, call.geometry.input.local), input, share.a, h);
+                        if let Some(saved) = saved {
+                            share.scatter(m, h, saved);
+                        }
+                    }
+                    (None, Some(saved)) => share.gather(m, saved, h),
+                    _ => {}
+                }
+                if let Some(y) = call.output.as_ref().filter(|_| pass.stages.expand && share.active > 0) {
+                    let scaled = Rows::new(scratch.scaled.data, share.active);
+                    Self::scale((m, share.active), h, share.e, T::from_f64(call.scaling), scaled);
+                    let c = Coefficients { data: scaled.data, row: scaled.stride, column: 1 };
+                    let rows = block_of(y, first, m, scratch.y);
+                    accumulate(isa, Order::ByRow, (m, share.active, y.columns), c, share.bt, rows);
+                    put_back(y, first, m, rows);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Run::new`]; chunk and scratch are this worker's.
+    unsafe fn backward_chunk(&self, chunk: usize, dx: Option<&Matrix>, scratch: &Scratch<T>) {
+        let begin = chunk * self.layout.chunk;
+        let end = (begin + self.layout.chunk).min(self.pass.tokens);
+        let partials: arrayvec::ArrayVec<Partial<T>, { crate::adapter::MAX_GROUP }> =
+            self.layout.partials(chunk, self.geometries.iter().copied()).collect();
+        // SAFETY: the chunk's own sums, as large as the geometries say; rows of the chunk are this task's.
+        unsafe {
+            for (partial, share) in partials.iter().zip(&self.shares) {
+                partial.a.data.write_bytes(0, share.active * partial.a.stride);
+                partial.bt.data.write_bytes(0, share.active * partial.bt.stride);
+                partial.e.write_bytes(0, share.live);
+            }
+            for first in (begin..end).step_by(BLOCK) {
+                self.backward_block(first, BLOCK.min(end - first), dx, &partials, scratch);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Run::backward_chunk`].
+    unsafe fn backward_block(
+        &self,
+        first: usize,
+        m: usize,
+        dx: Option<&Matrix>,
+        partials: &[Partial<T>],
+        scratch: &Scratch<T>,
+    ) {
+        let (pass, isa) = (self.pass, self.cpu.isa);
+        // SAFETY: everything was checked; rows `first..first + m` are this task's.
+        unsafe {
+            let x = pass.x.as_ref().map(|x| block_of(x, first, m, scratch.x));
+            let dx_rows = dx.map(|dx| block_of(dx, first, m, scratch.dx));
+            for (i, call) in pass.calls.iter().enumerate() {
+                let (share, partial) = (&self.shares[i], &partials[i]);
+                if share.live == 0 {
+                    if let Some(g) = call.g.filter(|_| pass.stages.project) {
+                        share.scatter(m, scratch.g, pointer::<T>(g).add(first * share.rank));
+                    }
+                    continue;
+                }
+                let (input, output) = (call.geometry.input.local, call.geometry.output.local);
+                let [h, g] = [scratch.h, scratch.g].map(|rows| Rows::new(rows.data, share.live));
+                let scaled = Rows::new(scratch.scaled.data, share.active);
+                let across = Coefficients { data: scaled.data, row: 1, column: scaled.stride };
+                let scaling = T::from_f64(call.scaling);
+                let masked = x.map(|x| self.input(i, first, m, x, scratch));
+                match (call.h, masked) {
+                    (Some(saved), _) => share.gather(m, pointer::<T>(saved).add(first * share.rank), h),
+                    (None, Some(x)) => dot(isa, (m, share.live, input), x, share.a, h),
+                    (None, None) => {}
+                }
+                let saved_g = call.g.map(|g| pointer::<T>(g).add(first * share.rank));
+                if let Some(dy) = call.output.as_ref().filter(|_| pass.stages.project) {
+                    let dy = block_of(dy, first, m, scratch.y);
+                    dot(isa, (m, share.live, output), dy, share.bt, g);
+                    for t in 0..m {
+                        (0..share.live).for_each(|k| *g.data.add(t * g.stride + k) = *g.data.add(t * g.stride + k) * scaling);
+                    }
+                    if let Some(saved) = saved_g {
+                        share.scatter(m, g, saved);
+                    }
+                    Self::scale((m, share.active), h, share.e, scaling, scaled);
+                    accumulate(isa, Order::ByColumn, (share.active, m, output), across, dy, partial.bt);
+                } else if let Some(saved) = saved_g {
+                    share.gather(m, saved, g);
+                }
+                let Some(x) = masked.filter(|_| pass.stages.expand) else { continue };
+                for t in 0..m {
+                    for k in 0..share.live {
+                        *partial.e.add(k) += *g.data.add(t * g.stride + k) * *h.data.add(t * h.stride + k);
+                    }
+                }
+                Self::scale((m, share.active), g, share.e, T::one(), scaled);
+                accumulate(isa, Order::ByColumn, (share.active, m, input), across, x, partial.a);
+                if let Some(dx) = dx_rows {
+                    let along = Coefficients { data: scaled.data, row: scaled.stride, column: 1 };
+                    self.add_to_dx(i, (first, m), along, dx, scratch);
+                }
+            }
+            if let (Some(dx), Some(rows)) = (dx, dx_rows) {
+                put_back(dx, first, m, rows);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Run::backward_chunk`].
+    unsafe fn add_to_dx(
+        &self,
+        i: usize,
+        (first, m): (usize, usize),
+        c: Coefficients<T>,
+        dx: Rows<T>,
+        scratch: &Scratch<T>,
+    ) {
+        let (share, input) = (&self.shares[i], &self.geometries[i].input);
+        let product = (m, share.active, input.local);
+        // SAFETY: m rows of dx, and of the worker's scratch.
+        unsafe {
+            let Some((dropout, token0)) = &self.masks[i] else {
+                return accumulate(self.cpu.isa, Order::ByRow, product, c, share.a, dx);
+            };
+            let raw = Rows::new(scratch.masked.data, input.local);
+            raw.data.write_bytes(0, m * input.local);
+            accumulate(self.cpu.isa, Order::ByRow, product, c, share.a, raw);
+            let scale = T::from_f64(dropout.keep_scale);
+            for t in 0..m {
+                let (from, to) = (raw.from(t).data, dx.from(t).data);
+                dropout.for_each(token0 + (first + t) as u32, input.begin, input.local, |c, stays| {
+                    if stays {
+                        *to.add(c) += *from.add(c) * scale;
+                    }
+                });
+            }
+        }
+    }
+
+    /// Adds up the chunks' sums of one adapter's gradients, in order, and hands the total to the caller.
+    ///
+    /// # Safety
+    /// As [`Run::new`]; the chunks are done, and the adapter's gradients are this task's.
+    unsafe fn reduce(&self, i: usize, accumulate: bool) {
+        let (call, share, stages) = (&self.pass.calls[i], &self.shares[i], self.pass.stages);
+        let Some(grads) = &call.grads else { return };
+        let sums = |c: usize| self.layout.partials(c, self.geometries[..=i].iter().copied()).last();
+        let total = sums(0).filter(|_| self.layout.chunks > 0);
+        // SAFETY: everything was checked; the sums are as large as the geometry says.
+        unsafe {
+            if let Some(total) = &total {
+                for partial in (1..self.layout.chunks).filter_map(sums) {
+                    add(share.active * total.a.stride, partial.a.data, total.a.data);
+                    add(share.active * total.bt.stride, partial.bt.data, total.bt.data);
+                    add(share.live, partial.e, total.e);
+                }
+            }
+            // A triplet's place among those that have a sum.
+            let place = |triplet: usize, limit: usize| {
+                total.as_ref().zip((0..limit).find(|k| *share.order.add(*k) as usize == triplet))
+            };
+            if stages.expand {
+                let (a, e) = (&grads.a, &grads.e);
+                for j in 0..share.rank {
+                    let row = place(j, share.active).map(|(total, k)| total.a.from(k).data.cast_const());
+                    for begin in (0..a.columns).step_by(PIECE) {
+                        let to = row_of(a, j).add(begin * a.dtype.size());
+                        let value = |c: usize| row.map_or(T::default(), |row| *row.add(begin + c));
+                        give(PIECE.min(a.columns - begin), accumulate, a.dtype, to, value);
+                    }
+                    let sum = place(j, share.live).map_or(T::default(), |(total, k)| *total.e.add(k));
+                    give(1, accumulate, e.dtype, element(e, j), |_| sum);
+                }
+            }
+            if stages.project {
+                let b = &grads.b;
+                for begin in (0..share.rank).step_by(PIECE) {
+                    let n = PIECE.min(share.rank - begin);
+                    let mut columns = [None; PIECE];
+                    for (j, column) in columns[..n].iter_mut().enumerate() {
+                        *column = place(begin + j, share.active).map(|(total, k)| total.bt.from(k).data.cast_const());
+                    }
+                    for o in 0..b.rows {
+                        let to = row_of(b, o).add(begin * b.dtype.size());
+                        let value = |j: usize| columns[j].map_or(T::default(), |column| *column.add(o));
+                        give(n, accumulate, b.dtype, to, value);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Writes up to [`PIECE`] elements of a gradient, or adds to them.
+///
+/// # Safety
+/// n elements of `dtype` can be read and written there.
+unsafe fn give<T: Real>(n: usize, accumulate: bool, dtype: Dtype, to: Address, value: impl Fn(usize) -> T) {
+    let mut sum = [T::default(); PIECE];
+    // SAFETY: as this function asks.
+    unsafe {
+        if accumulate {
+            load(dtype, to, n, sum.as_mut_ptr());
+        }
+        for (i, slot) in sum[..n].iter_mut().enumerate() {
+            *slot += value(i);
+        }
+        store(dtype, sum.as_ptr(), n, to);
+    }
+}
+
+/// # Safety
+/// n elements can be read at `from`, and read and written at `to`; they do not overlap.
+unsafe fn add<T: Real>(n: usize, from: *const T, to: *mut T) {
+    for i in 0..n {
+        // SAFETY: as this function asks.
+        unsafe { *to.add(i) += *from.add(i) };
+    }
+}
+
+/// # Safety
+/// The pass was checked.
+unsafe fn forward_as<T: Real>(cpu: &Host, pass: &Pass) -> Result<()> {
+    // SAFETY: as this function asks.
+    let run = unsafe { Run::<T>::new(cpu, pass) }?;
+    cpu.team.run(pass.tokens.div_ceil(FORWARD_CHUNK), run.parallel, "y and h are", |task, worker| {
+        let scratch = run.layout.scratch(worker, &run.geometries);
+        let end = ((task + 1) * FORWARD_CHUNK).min(pass.tokens);
+        for first in (task * FORWARD_CHUNK..end).step_by(BLOCK) {
+            // SAFETY: the worker's scratch; each block is in one task.
+            unsafe { run.forward_block(first, BLOCK.min(end - first), &scratch) };
+        }
+    })
+}
+
+/// # Safety
+/// The pass was checked.
+unsafe fn backward_as<T: Real>(cpu: &Host, pass: &Pass, accumulate: bool, dx: Option<&Matrix>) -> Result<()> {
+    // SAFETY: as this function asks.
+    let run = unsafe { Run::<T>::new(cpu, pass) }?;
+    cpu.team.run(run.layout.chunks, run.parallel, "grads, g and dx are", |chunk, worker| {
+        let scratch = run.layout.scratch(worker, &run.geometries);
+        // SAFETY: the worker's scratch; each chunk is one task.
+        unsafe { run.backward_chunk(chunk, dx, &scratch) };
+    })?;
+    cpu.team.run(pass.calls.len(), run.parallel, "grads are", |i, _| {
+        // SAFETY: all chunks are done; each adapter is one task.
+        unsafe { run.reduce(i, accumulate) };
+    })
+}
+
+/// # Safety
+/// The pass was checked.
+pub(super) unsafe fn forward(cpu: &Host, pass: &Pass) -> Result<()> {
+    // SAFETY: as this function asks.
+    unsafe {
+        match pass.calls[0].geometry.compute_dtype() {
+            Dtype::Float64 => forward_as::<f64>(cpu, pass),
+            _ => forward_as::<f32>(cpu, pass),
+        }
+    }
+}
+
+/// # Safety
+/// The pass was checked.
+pub(super) unsafe fn backward(cpu: &Host, pass: &Pass, accumulate: bool, dx: Option<&Matrix>) -> Result<()> {
+    // SAFETY: as this function asks.
+    unsafe {
+        match pass.calls[0].geometry.compute_dtype() {
+            Dtype::Float64 => backward_as::<f64>(cpu, pass, accumulate, dx),
+            _ => backward_as::<f32>(cpu, pass, accumulate, dx),
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! Initial values, and the delta weight in a base's layout and type.
+
+use super::Host;
+use super::element::{is_own, load, pointer, read, write};
+use super::kernels::{Coefficients, Order, Rows, accumulate};
+use super::simd::Real;
+use crate::adapter::{Combine, Geometry, Layout};
+use crate::error::Result;
+use crate::philox::{Factor, normal};
+use crate::tensor::{Address, Dtype, Matrix, Triplets};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Deviation of the initial A and B, as in PEFT.
+const DEVIATION: f64 = 0.02;
+/// A tile of the delta weight, on the stack: rows, columns, and triplets that are added at a time.
+const ROWS: usize = 8;
+const COLUMNS: usize = 256;
+const DEPTH: usize = 16;
+
+fn at(matrix: &Matrix, row: usize, column: usize) -> Address {
+    matrix.data.add((row * matrix.row_stride + column) * matrix.dtype.size())
+}
+
+/// # Safety
+/// The triplets were checked against the geometry.
+pub(super) unsafe fn initialize(host: &Host, geometry: &Geometry, params: &Triplets, seed: u64) -> Result<()> {
+    let (a, e, b) = (&params.a, &params.e, &params.b);
+    for i in 0..e.length {
+        // SAFETY: an element of E.
+        unsafe { write(e.dtype, 0.0, e.data.add(i * e.stride * e.dtype.size())) };
+    }
+    host.team.run(a.rows, a.columns * a.rows > ROWS * COLUMNS, "A is", |row, _| {
+        for column in 0..a.columns {
+            let value = normal(seed, Factor::A, row as u64, (geometry.input.begin + column) as u64);
+            // SAFETY: an element of A; each row is one task.
+            unsafe { write(a.dtype, DEVIATION * value, at(a, row, column)) };
+        }
+    })?;
+    host.team.run(b.rows.div_ceil(ROWS), b.columns * b.rows > ROWS * COLUMNS, "B is", |group, _| {
+        for row in group * ROWS..((group + 1) * ROWS).min(b.rows) {
+            for column in 0..b.columns {
+                let value = normal(seed, Factor::B, column as u64, (geometry.output.begin + row) as u64);
+                // SAFETY: an element of B; each group of rows is one task.
+                unsafe { write(b.dtype, DEVIATION * value, at(b, row, column)) };
+            }
+        }
+    })
+}
+
+/// # Safety
+/// Both are of one shape and type, and do not overlap.
+pub(super) unsafe fn copy(from: &Matrix, to: &Matrix) {
+    let bytes = from.columns * from.dtype.size();
+    for row in 0..if bytes == 0 { 0 } else { from.rows } {
+        // SAFETY: a row of each.
+        unsafe { pointer::<u8>(at(to, row, 0)).copy_from_nonoverlapping(pointer::<u8>(at(from, row, 0)), bytes) };
+    }
+}
+
+/// Combines w with the delta weight.
+///
+/// # Safety
+/// Triplets and w were checked against the geometry.
+#[expect(clippy::too_many_arguments, reason = "one operation")]
+pub(super) unsafe fn delta(
+    host: &Host,
+    geometry: &Geometry,
+    params: &Triplets,
+    scaling: f64,
+    layout: Layout,
+    combine: Combine,
+    w: &Matrix,
+    non_finite: Option<Address>,
+) -> Result<()> {
+    let finite = AtomicBool::new(true);
+    let parallel = w.rows * w.columns * geometry.rank.max(1) > 1 << 18;
+    host.team.run(w.rows.div_ceil(ROWS), parallel, "w is", |group, _| {
+        let first = group * ROWS;
+        let rows = ROWS.min(w.rows - first);
+        for begin in (0..w.columns).step_by(COLUMNS) {
+            let tile = Tile { first, rows, begin, columns: COLUMNS.min(w.columns - begin) };
+            // SAFETY: as this function asks; each group of rows is one task.
+            let all = unsafe {
+                match geometry.compute_dtype() {
+                    Dtype::Float64 => tile.delta::<f64>(host, params, scaling, layout, combine, w),
+                    _ => tile.delta::<f32>(host, params, scaling, layout, combine, w),
+                }
+            };
+            if !all {
+                finite.store(false, Ordering::Relaxed);
+            }
+        }
+    })?;
+    if let Some(flag) = non_finite.filter(|_| !finite.load(Ordering::Relaxed)) {
+        // SAFETY: a checked address of one f32.
+        unsafe { *pointer::<f32>(flag) = 1.0 };
+    }
+    Ok(())
+}
+
+/// A part of a base weight.
+struct Tile {
+    first: usize,
+    rows: usize,
+    begin: usize,
+    columns: usize,
+}
+
+impl Tile {
+    /// Combines the tile with its delta weight; returns whether all of it is finite.
+    ///
+    /// # Safety
+    /// As [`delta`].
+    unsafe fn delta<T: Real>(
+        &self,
+        host: &Host,
+        params: &Triplets,
+        scaling: f64,
+        layout: Layout,
+        combine: Combine,
+        w: &Matrix,
+    ) -> bool {
+        let mut sum = [T::default(); ROWS * COLUMNS];
+        let rank = params.e.length;
+        for triplet in (0..rank).step_by(DEPTH) {
+            let depth = DEPTH.min(rank - triplet);
+            let mut c = [T::default(); ROWS * DEPTH];
+            let mut p = [T::default(); DEPTH * COLUMNS];
+            // SAFETY: elements of the triplets, and tiles as large as their counts.
+            unsafe {
+                let (across, along) =
+                    if layout == Layout::OutIn { (&params.b, &params.a) } else { (&params.a, &params.b) };
+                for k in 0..depth {
+                    let j = triplet + k;
+                    let e = read(params.e.dtype, params.e.data.add(j * params.e.stride * params.e.dtype.size()));
+                    for i in 0..self.rows {
+                        let row = self.first + i;
+                        let (row, column) = if layout == Layout::OutIn { (row, j) } else { (j, row) };
+                        c[i * DEPTH + k] = T::from_f64(scaling * e * read(across.dtype, at(across, row, column)));
+                    }
+                }
+                let rows = if layout == Layout::OutIn && is_own::<T>(along.dtype) {
+                    Rows::new(pointer(at(along, triplet, self.begin)), along.row_stride)
+                } else {
+                    for k in 0..depth {
+                        let to = &mut p[k * COLUMNS..][..self.columns];
+                        if layout == Layout::OutIn {
+                            load(along.dtype, at(along, triplet + k, self.begin), self.columns, to.as_mut_ptr());
+                        } else {
+                            for (i, slot) in to.iter_mut().enumerate() {
+                                *slot = T::from_f64(read(along.dtype, at(along, self.begin + i, triplet + k)));
+                            }
+                        }
+                    }
+                    Rows::new(p.as_mut_ptr(), COLUMNS)
+                };
+                let c = Coefficients { data: c.as_ptr(), row: DEPTH, column: 1 };
+                let out = Rows::new(sum.as_mut_ptr(), COLUMNS);
+                accumulate(host.isa, Order::ByRow, (self.rows, depth, self.columns), c, rows, out);
+            }
+        }
+        let mut finite = true;
+        for i in 0..self.rows {
+            for k in 0..self.columns {
+                let delta: f64 = sum[i * COLUMNS + k].into();
+                let to = at(w, self.first + i, self.begin + k);
+                // SAFETY: an element of w. In float64, so that w is rounded once.
+                finite &= unsafe {
+                    let value = match combine {
+                        Combine::Overwrite => delta,
+                        Combine::Add => read(w.dtype, to) + delta,
+                        Combine::Subtract => read(w.dtype, to) - delta,
+                    };
+                    write(w.dtype, value, to)
+                };
+            }
+        }
+        finite
+    }
+}

@@ -1,0 +1,84 @@
+//! The context: which backend computes, and how it talks to the caller.
+
+use crate::backend::{self, Backend};
+use crate::error::{Error, Result};
+use crate::tensor::{Address, Stream};
+use std::sync::Arc;
+
+/// Which backend is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The host's processor.
+    Cpu,
+    /// A CUDA device.
+    Cuda,
+}
+
+/// The library's messages.
+#[derive(Clone, Copy, Debug)]
+pub enum Level {
+    /// Less than was asked for.
+    Warning,
+    /// What was chosen.
+    Info,
+}
+
+/// Receives messages.
+pub type Log = Box<dyn Fn(Level, &str) + Send + Sync>;
+
+/// Runs a body on several threads at once; returns when all have returned.
+pub type Parallel = Box<dyn Fn(&(dyn Fn() + Sync), usize) + Send + Sync>;
+
+/// What a context is made of.
+pub struct Settings {
+    /// Backend.
+    pub kind: Kind,
+    /// Threads that compute; 0: as many as the process may run on.
+    pub threads: usize,
+    /// The caller's threads.
+    pub parallel: Option<Parallel>,
+    /// Receives messages.
+    pub log: Option<Log>,
+}
+
+/// A backend, kept alive by everything that was made from it.
+pub struct Context {
+    backend: Arc<dyn Backend>,
+}
+
+impl Context {
+    /// Makes the backend that is asked for.
+    pub fn new(settings: Settings) -> Result<Arc<Self>> {
+        Ok(Arc::new(Self { backend: backend::create(settings)? }))
+    }
+
+    /// Who computes.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// Takes now what would be taken at the first computation.
+    pub fn prepare(&self, stream: Stream) -> Result<()> {
+        self.backend.prepare(stream)
+    }
+
+    /// What the context computes with, in words.
+    pub fn describe(&self) -> String {
+        format!("adalora {}, {}", env!("CARGO_PKG_VERSION"), self.backend.describe())
+    }
+
+    /// The factor that unscales and clips gradients.
+    pub fn gradient_factor(
+        &self,
+        sum_of_squares: Address,
+        loss_scale: Option<Address>,
+        max_norm: f64,
+        grad_factor: Address,
+        stream: Stream,
+    ) -> Result<()> {
+        if !(max_norm > 0.0) {
+            return Err(Error::argument("max_norm", max_norm, "a number above 0, or infinity"));
+        }
+        self.backend.gradient_factor(sum_of_squares, loss_scale, max_norm, grad_factor, stream)
+    }
+}
