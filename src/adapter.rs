@@ -254,11 +254,8 @@ impl Adapter {
     pub fn initialize(&self, params: &RawTriplets, seed: u64, stream: Stream) -> Result<()> {
         let g = &self.geometry;
         let params = g.triplets(params, "params", &[g.param_dtype, g.compute_dtype()])?;
-        let regions = [
-            ("params.A", params.a.region()),
-            ("params.E", params.e.region()),
-            ("params.B", params.b.region()),
-        ];
+        let regions =
+            [("params.A", params.a.region()), ("params.E", params.e.region()), ("params.B", params.b.region())];
         disjoint(&regions, &[])?;
         self.context.backend().initialize(g, &params, seed, stream)
     }
@@ -412,13 +409,7 @@ fn same_group(first: &Adapter, other: &Adapter) -> Result<()> {
 }
 
 /// Adds every adapter's output.
-pub fn forward(
-    calls: &[RawCall],
-    stages: Stages,
-    x: Option<Matrix>,
-    workspace: Buffer,
-    stream: Stream,
-) -> Result<()> {
+pub fn forward(calls: &[RawCall], stages: Stages, x: Option<Matrix>, workspace: Buffer, stream: Stream) -> Result<()> {
     let pass = check_pass(calls, stages, Direction::Forward, x, None, workspace, stream)?;
     calls[0].adapter.context.backend().forward(&pass)
 }
@@ -484,9 +475,7 @@ fn check_share<'a>(raw: &RawCall<'a>, stages: Stages, direction: Direction, toke
     let geometry = &raw.adapter.geometry;
     let params = geometry.triplets(&raw.params, "params", &[geometry.param_dtype])?;
     let grads = match &raw.grads {
-        Some(grads) => {
-            Some(geometry.triplets(grads, "grads", &[geometry.param_dtype, geometry.compute_dtype()])?)
-        }
+        Some(grads) => Some(geometry.triplets(grads, "grads", &[geometry.param_dtype, geometry.compute_dtype()])?),
         None => None,
     };
     if let Some(output) = &raw.output {
@@ -506,17 +495,13 @@ fn check_share<'a>(raw: &RawCall<'a>, stages: Stages, direction: Direction, toke
     let needs_h = match direction {
         Direction::Forward if split => Some("one stage writes it, the other reads it"),
         Direction::Backward if split => Some("backward in two stages reads it"),
-        Direction::Backward if partial => {
-            Some("a share of the input features does not suffice to compute it again")
-        }
+        Direction::Backward if partial => Some("a share of the input features does not suffice to compute it again"),
         _ => None,
     };
     let h = saved(raw.h, "h", needs_h)?;
     let g = match direction {
         Direction::Forward => None,
-        Direction::Backward => {
-            saved(raw.g, "g", split.then_some("one stage writes it, the other reads it"))?
-        }
+        Direction::Backward => saved(raw.g, "g", split.then_some("one stage writes it, the other reads it"))?,
     };
     let masks = match direction {
         Direction::Forward => stages.project,

@@ -76,7 +76,7 @@ impl Context {
         grad_factor: Address,
         stream: Stream,
     ) -> Result<()> {
-        if !(max_norm > 0.0) {
+        if max_norm.is_nan() || max_norm <= 0.0 {
             return Err(Error::argument("max_norm", max_norm, "a number above 0, or infinity"));
         }
         self.backend.gradient_factor(sum_of_squares, loss_scale, max_norm, grad_factor, stream)

@@ -11,11 +11,14 @@
 //! | [`backend`] | the operations that the objects ask for, and who computes them |
 //! | [`tensor`], [`error`] | the words that all of them share |
 
-#![warn(missing_docs)]
+// Only the boundary and the backends may touch memory that is not theirs.
+#![deny(unsafe_code)]
 
+#[allow(unsafe_code)]
 pub mod abi;
 pub mod adapter;
 pub mod allocator;
+#[allow(unsafe_code)]
 pub mod backend;
 pub mod checkpoint;
 pub mod context;

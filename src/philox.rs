@@ -11,12 +11,8 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..ROUNDS {
         let [p0, p1] =
             [u64::from(MULTIPLIERS[0]) * u64::from(counter[0]), u64::from(MULTIPLIERS[1]) * u64::from(counter[2])];
-        counter = [
-            (p1 >> 32) as u32 ^ counter[1] ^ key[0],
-            p1 as u32,
-            (p0 >> 32) as u32 ^ counter[3] ^ key[1],
-            p0 as u32,
-        ];
+        counter =
+            [(p1 >> 32) as u32 ^ counter[1] ^ key[0], p1 as u32, (p0 >> 32) as u32 ^ counter[3] ^ key[1], p0 as u32];
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     counter
@@ -80,8 +76,7 @@ pub fn normal(seed: u64, factor: Factor, triplet: u64, feature: u64) -> f64 {
     let drawn = philox([(feature / 4) as u32, low, high, factor as u32], words(seed));
     let pair = (feature % 4 / 2) as usize * 2;
     let uniform = |word: u32| (f64::from(word) + 0.5) / 4_294_967_296.0;
-    let (radius, angle) =
-        ((-2.0 * uniform(drawn[pair]).ln()).sqrt(), std::f64::consts::TAU * uniform(drawn[pair + 1]));
+    let (radius, angle) = ((-2.0 * uniform(drawn[pair]).ln()).sqrt(), std::f64::consts::TAU * uniform(drawn[pair + 1]));
     radius * if feature.is_multiple_of(2) { angle.cos() } else { angle.sin() }
 }
 
@@ -105,7 +100,7 @@ mod tests {
     #[test]
     fn a_mask_does_not_depend_on_where_it_is_cut() {
         let dropout = Dropout::new(7, 1 << 40, 0.3);
-        let mut whole = vec![false; 50];
+        let mut whole = [false; 50];
         dropout.for_each(9, 0, 50, |i, stays| whole[i] = stays);
         for first in 0..9 {
             dropout.for_each(9, first, 23, |i, stays| assert_eq!(stays, whole[first + i], "{first} {i}"));

@@ -53,7 +53,7 @@ pub struct Address(pub usize);
 
 impl Address {
     /// The address `bytes` further.
-    pub fn add(self, bytes: usize) -> Self {
+    pub fn offset(self, bytes: usize) -> Self {
         Self(self.0 + bytes)
     }
 
@@ -122,11 +122,7 @@ impl Matrix {
     /// The place that the matrix takes up.
     pub fn region(&self) -> Region {
         let element = self.dtype.size();
-        let bytes = if self.is_empty() {
-            0
-        } else {
-            ((self.rows - 1) * self.row_stride + self.columns) * element
-        };
+        let bytes = if self.is_empty() { 0 } else { ((self.rows - 1) * self.row_stride + self.columns) * element };
         Region {
             begin: self.data.0,
             end: self.data.0 + bytes,
@@ -165,12 +161,7 @@ impl Vector {
     pub fn region(&self) -> Region {
         let element = self.dtype.size();
         let bytes = if self.length == 0 { 0 } else { ((self.length - 1) * self.stride + 1) * element };
-        Region {
-            begin: self.data.0,
-            end: self.data.0 + bytes,
-            pitch: self.stride * element,
-            width: element,
-        }
+        Region { begin: self.data.0, end: self.data.0 + bytes, pitch: self.stride * element, width: element }
     }
 }
 

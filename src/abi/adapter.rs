@@ -115,11 +115,7 @@ pub unsafe extern "C" fn adalora_adapter_merge(
         let adapter = required(adapter, "adapter")?.0.get(Kind::Adapter, "adapter")?;
         // SAFETY: the caller passes readable triplets and matrices or null, as the documentation asks.
         let (params, w, backup) = unsafe {
-            (
-                read::triplets(params, "params")?,
-                read::matrix(w, "w")?,
-                read::optional_matrix(backup, "backup")?,
-            )
+            (read::triplets(params, "params")?, read::matrix(w, "w")?, read::optional_matrix(backup, "backup")?)
         };
         let layout = Layout::from_code(fan_in_fan_out)?;
         let non_finite = read::one_or_null(non_finite, "non_finite")?;

@@ -120,8 +120,7 @@ pub unsafe extern "C" fn adalora_allocator_budget(
 ) -> Status {
     guard("adalora_allocator_budget", || {
         let budget = output(budget, "budget")?;
-        let (value, mask) =
-            required(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?.schedule().at(step);
+        let (value, mask) = required(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?.schedule().at(step);
         budget.write(value);
         if let Some(masks) = masks {
             masks.write(i32::from(mask));
@@ -299,10 +298,7 @@ pub unsafe extern "C" fn adalora_allocator_finalize(
 
 /// Begins a new run: pattern, clocks, counters, averages and bound moments as at the start. Parameters stay as they are.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn adalora_allocator_reset(
-    allocator: Option<NonNull<Allocator>>,
-    stream: *mut c_void,
-) -> Status {
+pub unsafe extern "C" fn adalora_allocator_reset(allocator: Option<NonNull<Allocator>>, stream: *mut c_void) -> Status {
     guard("adalora_allocator_reset", || {
         shared(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?.reset(stream.into())
     })

@@ -37,10 +37,7 @@ pub unsafe extern "C" fn adalora_context_create(
 ///
 /// @param stream A `cudaStream_t` on CUDA; not read on the CPU.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn adalora_context_prepare(
-    context: Option<NonNull<Context>>,
-    stream: *mut c_void,
-) -> Status {
+pub unsafe extern "C" fn adalora_context_prepare(context: Option<NonNull<Context>>, stream: *mut c_void) -> Status {
     guard("adalora_context_prepare", || {
         shared(context, "context")?.0.get(Kind::Context, "context")?.prepare(stream.into())
     })

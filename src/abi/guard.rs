@@ -11,6 +11,7 @@ use std::ptr::NonNull;
 
 /// What a handle is. The values are arbitrary, far from what other memory holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
 pub(super) enum Kind {
     Context = 0x6144_6c4f_0001,
     Adapter = 0x6144_6c4f_0002,

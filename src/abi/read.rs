@@ -237,8 +237,7 @@ pub(super) unsafe fn write_all<T: Copy>(to: *mut T, values: &[T], name: &str) ->
     if let Some(to) = one_or_null(to, name)? {
         // SAFETY: there is room, aligned, and the values are not in the caller's memory.
         unsafe {
-            std::ptr::with_exposed_provenance_mut::<T>(to.0)
-                .copy_from_nonoverlapping(values.as_ptr(), values.len());
+            std::ptr::with_exposed_provenance_mut::<T>(to.0).copy_from_nonoverlapping(values.as_ptr(), values.len());
         }
     }
     Ok(())
@@ -282,8 +281,7 @@ fn checked_matrix(m: &Matrix, name: &str) -> Result<tensor::Matrix> {
 /// `from` is readable, or null.
 pub(super) unsafe fn matrix(from: *const Matrix, name: &str) -> Result<tensor::Matrix> {
     // SAFETY: as this function asks.
-    unsafe { optional_matrix(from, name) }?
-        .ok_or_else(|| Error::argument(name, "NULL", "the address of a matrix"))
+    unsafe { optional_matrix(from, name) }?.ok_or_else(|| Error::argument(name, "NULL", "the address of a matrix"))
 }
 
 /// A matrix, or nothing.
@@ -335,11 +333,7 @@ pub(super) unsafe fn context_settings(desc: *const ContextDesc) -> Result<Settin
         ADALORA_BACKEND_CPU => BackendKind::Cpu,
         ADALORA_BACKEND_CUDA => BackendKind::Cuda,
         other => {
-            return Err(Error::argument(
-                "desc.backend",
-                other,
-                "ADALORA_BACKEND_CPU or ADALORA_BACKEND_CUDA (1 or 2)",
-            ));
+            return Err(Error::argument("desc.backend", other, "ADALORA_BACKEND_CPU or ADALORA_BACKEND_CUDA (1 or 2)"));
         }
     };
     reserved(d.reserved, "desc.reserved")?;
@@ -414,8 +408,7 @@ pub(super) unsafe fn geometry(desc: *const AdapterDesc) -> Result<Geometry> {
         }
         Ok(Share { whole: features, begin: begin as usize, local: held as usize })
     };
-    let input =
-        share(d.in_features, d.in_local, d.in_begin, ["desc.in_features", "desc.in_local", "desc.in_begin"])?;
+    let input = share(d.in_features, d.in_local, d.in_begin, ["desc.in_features", "desc.in_local", "desc.in_begin"])?;
     let output =
         share(d.out_features, d.out_local, d.out_begin, ["desc.out_features", "desc.out_local", "desc.out_begin"])?;
     let rank = usize::try_from(d.rank).map_err(|_| Error::argument("desc.rank", d.rank, "0 or more"))?;
@@ -540,10 +533,8 @@ unsafe fn share<'a>(call: &Call, direction: Direction, stages: Stages) -> Result
 pub(super) unsafe fn allocator_config<'a>(desc: *const AllocatorDesc) -> Result<(Config, Vec<&'a adapter::Adapter>)> {
     // SAFETY: as this function asks.
     let d = unsafe { descriptor(desc, "desc") }?;
-    let n = usize::try_from(d.n_adapters)
-        .ok()
-        .filter(|n| (1..=allocator::MAX_ADAPTERS).contains(n))
-        .ok_or_else(|| {
+    let n =
+        usize::try_from(d.n_adapters).ok().filter(|n| (1..=allocator::MAX_ADAPTERS).contains(n)).ok_or_else(|| {
             Error::argument("desc.n_adapters", d.n_adapters, format_args!("1 to {}", allocator::MAX_ADAPTERS))
         })?;
     if d.adapters.is_null() {

@@ -373,7 +373,13 @@ fn panels(model: &Model, slices: &[Slice]) -> std::result::Result<Vec<Panel>, St
                 .map(move |(i, s)| (first + i, s))
         };
         if geometry.rank > 0 {
-            columns_of_a(adapter, geometry.rank, geometry.input.whole, &own(Factor::A).collect::<Vec<_>>(), &mut panels)?;
+            columns_of_a(
+                adapter,
+                geometry.rank,
+                geometry.input.whole,
+                &own(Factor::A).collect::<Vec<_>>(),
+                &mut panels,
+            )?;
         }
         for (i, slice) in own(Factor::B) {
             if slice.begin % geometry.rank != 0 || slice.end % geometry.rank != 0 {

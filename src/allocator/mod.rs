@@ -87,9 +87,8 @@ impl Model {
         let mut gram = 0usize;
         let mut triplets = 0usize;
         let (mut initial, mut target) = (0i64, 0i64);
-        let too_many = || {
-            Error::argument("desc.adapters", "more triplets or parameters than fit memory", "a smaller model")
-        };
+        let too_many =
+            || Error::argument("desc.adapters", "more triplets or parameters than fit memory", "a smaller model");
         for g in &geometries {
             triplets = triplets.checked_add(g.rank).filter(|n| *n < 1 << 40).ok_or_else(too_many)?;
             offsets.push(triplets);
@@ -99,9 +98,10 @@ impl Model {
             let cost = config.unit.cost(g);
             let rank = g.rank as i64;
             initial = rank.checked_mul(cost).and_then(|c| initial.checked_add(c)).ok_or_else(too_many)?;
-            target = config.target_rank.checked_mul(cost).and_then(|c| target.checked_add(c)).ok_or_else(|| {
-                Error::argument("desc.target_rank", config.target_rank, "a budget that fits 63 bits")
-            })?;
+            target =
+                config.target_rank.checked_mul(cost).and_then(|c| target.checked_add(c)).ok_or_else(|| {
+                    Error::argument("desc.target_rank", config.target_rank, "a budget that fits 63 bits")
+                })?;
         }
         if initial.max(target) > MAX_STEP {
             return Err(too_many());
@@ -110,11 +110,7 @@ impl Model {
             let unit = if config.unit == BudgetUnit::Triplets { "triplets" } else { "parameters" };
             return Err(Error::argument(
                 "desc.target_rank",
-                format_args!(
-                    "{}, a target of {target} {unit} over {} adapters",
-                    config.target_rank,
-                    geometries.len()
-                ),
+                format_args!("{}, a target of {target} {unit} over {} adapters", config.target_rank, geometries.len()),
                 format_args!("at most the initial {initial}"),
             ));
         }

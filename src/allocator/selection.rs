@@ -8,8 +8,7 @@ pub fn select(model: &Model, scores: &[f64], budget: i64, order: &mut [u64], pat
         *slot = i as u64;
     }
     // A total order whatever a caller's scores hold; adding 0 makes -0 and 0 a tie.
-    let falling =
-        |a: &u64, b: &u64| (scores[*b as usize] + 0.0).total_cmp(&(scores[*a as usize] + 0.0)).then(a.cmp(b));
+    let falling = |a: &u64, b: &u64| (scores[*b as usize] + 0.0).total_cmp(&(scores[*a as usize] + 0.0)).then(a.cmp(b));
     let stay = match model.unit {
         BudgetUnit::Triplets => {
             let stay = usize::try_from(budget).unwrap_or(0).min(order.len());

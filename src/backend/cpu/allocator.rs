@@ -124,8 +124,7 @@ pub(super) unsafe fn bind(host: Arc<Host>, binding: Binding) -> Result<Box<dyn B
             _ => factors.push(FactorPanels { adapter: panel.adapter, factor: panel.factor, panels: i..i + 1 }),
         }
     }
-    let first_slice =
-        (0..=model.geometries.len()).map(|a| binding.slices.partition_point(|s| s.adapter < a)).collect();
+    let first_slice = (0..=model.geometries.len()).map(|a| binding.slices.partition_point(|s| s.adapter < a)).collect();
     let parallel = binding.slices.iter().map(Slice::len).sum::<usize>() > SERIAL_ELEMENTS;
     let mut allocator = CpuAllocator { host, binding, layout, chunks, factors, first_slice, parallel };
     allocator.begin()?;
@@ -170,34 +169,34 @@ impl CpuAllocator {
 
     fn clocks(&self) -> &[i64] {
         let model = &self.binding.model;
-        let at = self.binding.state.add(model.layout.clocks);
+        let at = self.binding.state.offset(model.layout.clocks);
         // SAFETY: the state holds as many clocks as there are adapters.
         unsafe { std::slice::from_raw_parts(pointer(at), model.geometries.len()) }
     }
 
     fn clocks_mut(&mut self) -> &mut [i64] {
         let model = &self.binding.model;
-        let at = self.binding.state.add(model.layout.clocks);
+        let at = self.binding.state.offset(model.layout.clocks);
         // SAFETY: as above, alone.
         unsafe { std::slice::from_raw_parts_mut(pointer(at), model.geometries.len()) }
     }
 
     fn pattern(&self) -> &[u8] {
         let model = &self.binding.model;
-        let at = self.binding.state.add(model.layout.pattern);
+        let at = self.binding.state.offset(model.layout.pattern);
         // SAFETY: the state holds a byte for each triplet.
         unsafe { std::slice::from_raw_parts(pointer(at), model.triplets()) }
     }
 
     fn pattern_mut(&mut self) -> &mut [u8] {
         let model = &self.binding.model;
-        let at = self.binding.state.add(model.layout.pattern);
+        let at = self.binding.state.offset(model.layout.pattern);
         // SAFETY: as above, alone.
         unsafe { std::slice::from_raw_parts_mut(pointer(at), model.triplets()) }
     }
 
     fn at(&self, offset: usize) -> Address {
-        self.binding.workspace.add(offset)
+        self.binding.workspace.offset(offset)
     }
 
     /// Whether an adapter has a gradient this step.
@@ -219,11 +218,8 @@ impl CpuAllocator {
             // SAFETY: the caller's flags; the slice was checked; each chunk has a place of its own.
             unsafe {
                 let counts = Self::has_grad(has_grad, slice.adapter) && (replicas || !slice.replica);
-                let (sum, finite) = if counts {
-                    sum_of_squares(self.host.isa, slice, chunk.begin, chunk.end)
-                } else {
-                    (0.0, true)
-                };
+                let (sum, finite) =
+                    if counts { sum_of_squares(self.host.isa, slice, chunk.begin, chunk.end) } else { (0.0, true) };
                 *pointer::<f64>(squares).add(i) = sum;
                 if !finite {
                     all_finite.store(false, Ordering::Relaxed);
@@ -295,7 +291,7 @@ impl CpuAllocator {
             for array in arrays(slice).into_iter().flatten() {
                 // SAFETY: the chunk is one task's, and within the array.
                 unsafe {
-                    pointer::<u8>(array.add(chunk.begin * size)).write_bytes(0, (chunk.end - chunk.begin) * size);
+                    pointer::<u8>(array.offset(chunk.begin * size)).write_bytes(0, (chunk.end - chunk.begin) * size);
                 }
             }
         })
@@ -309,9 +305,9 @@ impl CpuAllocator {
             for (i, _) in kept.iter().enumerate().filter(|(_, kept)| **kept == 0) {
                 // SAFETY: element i of the slice.
                 unsafe {
-                    write(slice.p.1, 0.0, slice.p.0.add(i * slice.p.1.size()));
+                    write(slice.p.1, 0.0, slice.p.0.offset(i * slice.p.1.size()));
                     if let Some((low, dtype)) = slice.p_low {
-                        write(dtype, 0.0, low.add(i * dtype.size()));
+                        write(dtype, 0.0, low.offset(i * dtype.size()));
                     }
                 }
             }
@@ -407,7 +403,7 @@ impl CpuAllocator {
             if panel.factor == Factor::A {
                 for (row, (slice, first)) in panel.rows.iter().enumerate() {
                     let (p, dtype) = self.binding.slices[*slice].p;
-                    load(dtype, p.add((first + begin) * dtype.size()), n, to.from(row).data);
+                    load(dtype, p.offset((first + begin) * dtype.size()), n, to.from(row).data);
                 }
                 return;
             }
@@ -416,7 +412,7 @@ impl CpuAllocator {
             for column in 0..n {
                 for piece in (0..rank).step_by(PANEL) {
                     let count = PANEL.min(rank - piece);
-                    let from = p.add((first + (begin + column) * rank + piece) * dtype.size());
+                    let from = p.offset((first + (begin + column) * rank + piece) * dtype.size());
                     load(dtype, from, count, wide.as_mut_ptr());
                     for (k, value) in wide[..count].iter().enumerate() {
                         *to.from(piece + k).data.add(column) = *value;
@@ -433,7 +429,7 @@ impl CpuAllocator {
     unsafe fn add_to_gradients<T: Real>(&self, panel: &Panel, rank: usize, begin: usize, n: usize, from: Rows<T>) {
         let mut wide = [T::default(); PANEL];
         let mut add = |g: (Address, Dtype), element: usize, count: usize, value: &dyn Fn(usize) -> *const T| {
-            let at = g.0.add(element * g.1.size());
+            let at = g.0.offset(element * g.1.size());
             // SAFETY: `count` elements of the gradient, and as many values.
             unsafe {
                 load(g.1, at, count, wide.as_mut_ptr());
@@ -558,8 +554,7 @@ impl BoundAllocator for CpuAllocator {
             )
         };
         let suppressed = match found_inf {
-            // Anything but 0 or less, NaN included.
-            Some(found) => !(found <= 0.0),
+            Some(found) => found > 0.0 || found.is_nan(),
             None => !self.squares(step.has_grad, true)?.1,
         };
         if suppressed || !factor.is_finite() {
@@ -660,8 +655,7 @@ impl BoundAllocator for CpuAllocator {
     fn read_sync(&self, _: Stream) -> Result<State> {
         let (clocks, pattern) = (self.clocks(), self.pattern());
         let mut state = State { header: self.header(), clocks: Vec::new(), pattern: Vec::new() };
-        let reserved =
-            state.clocks.try_reserve_exact(clocks.len()).and(state.pattern.try_reserve_exact(pattern.len()));
+        let reserved = state.clocks.try_reserve_exact(clocks.len()).and(state.pattern.try_reserve_exact(pattern.len()));
         reserved.map_err(|_| Error::new(Code::OutOfMemory, format!("no memory for {} triplets", pattern.len())))?;
         state.clocks.extend(clocks);
         state.pattern.extend(pattern);

@@ -217,8 +217,7 @@ unsafe fn accumulate_with<V: Vector>(
 ) {
     let tile = WIDE * V::LANES;
     let (row_groups, column_groups) = (m.div_ceil(4), length.div_ceil(tile));
-    let (outer, inner) =
-        if order == Order::ByRow { (row_groups, column_groups) } else { (column_groups, row_groups) };
+    let (outer, inner) = if order == Order::ByRow { (row_groups, column_groups) } else { (column_groups, row_groups) };
     for a in 0..outer {
         for b in 0..inner {
             let (i, j) = if order == Order::ByRow { (4 * a, tile * b) } else { (4 * b, tile * a) };
@@ -340,7 +339,8 @@ mod tests {
                         unsafe { dot(isa, (m, n, length), rows(&x, length + 2), rows(&p, length + 1), to) };
                         for i in 0..m {
                             for j in 0..n {
-                                let want: T = (0..length).map(|k| x[i * (length + 2) + k] * p[j * (length + 1) + k]).sum();
+                                let want: T =
+                                    (0..length).map(|k| x[i * (length + 2) + k] * p[j * (length + 1) + k]).sum();
                                 assert_eq!(out[i * (n + 1) + j], want, "dot {isa:?} {m} {n} {length} at {i} {j}");
                             }
                             assert_eq!(out[i * (n + 1) + n], T::from_f64(99.0));
@@ -355,7 +355,8 @@ mod tests {
                             for i in 0..m {
                                 for j in 0..length + 2 {
                                     let at = i * (length + 2) + j;
-                                    let sum: T = (0..n).map(|k| c[i + k * m] * p[k * (length + 1) + j.min(length)]).sum();
+                                    let sum: T =
+                                        (0..n).map(|k| c[i + k * m] * p[k * (length + 1) + j.min(length)]).sum();
                                     let want = if j < length { before[at] + sum } else { before[at] };
                                     assert_eq!(out[at], want, "accumulate {isa:?} {m} {n} {length} at {i} {j}");
                                 }

@@ -132,7 +132,7 @@ impl<T: Real> Share<T> {
             for o in 0..b.rows {
                 for begin in (0..self.rank).step_by(PIECE) {
                     let n = PIECE.min(self.rank - begin);
-                    load(b.dtype, row_of(b, o).add(begin * b.dtype.size()), n, wide.as_mut_ptr());
+                    load(b.dtype, row_of(b, o).offset(begin * b.dtype.size()), n, wide.as_mut_ptr());
                     for k in 0..self.live {
                         let triplet = *self.order.add(k) as usize;
                         if (begin..begin + n).contains(&triplet) {
@@ -301,11 +301,11 @@ pub(super) fn workspace(geometries: &[&Geometry], tokens: usize, threads: usize)
 }
 
 fn row_of(matrix: &Matrix, row: usize) -> Address {
-    matrix.data.add(row * matrix.row_stride * matrix.dtype.size())
+    matrix.data.offset(row * matrix.row_stride * matrix.dtype.size())
 }
 
 fn element(vector: &crate::tensor::Vector, i: usize) -> Address {
-    vector.data.add(i * vector.stride * vector.dtype.size())
+    vector.data.offset(i * vector.stride * vector.dtype.size())
 }
 
 /// The rows of a block: where they are if they are of the compute type, else converted.
@@ -420,18 +420,13 @@ impl<'a, T: Real> Run<'a, T> {
     ///
     /// # Safety
     /// m rows of both.
-    unsafe fn scale(
-        (m, columns): (usize, usize),
-        values: Rows<T>,
-        factors: *const T,
-        scaling: T,
-        out: Rows<T>,
-    ) {
+    unsafe fn scale((m, columns): (usize, usize), values: Rows<T>, factors: *const T, scaling: T, out: Rows<T>) {
         for t in 0..m {
             for k in 0..columns {
                 // SAFETY: as this function asks.
                 unsafe {
-                    *out.data.add(t * out.stride + k) = *values.data.add(t * values.stride + k) * *factors.add(k) * scaling;
+                    *out.data.add(t * out.stride + k) =
+                        *values.data.add(t * values.stride + k) * *factors.add(k) * scaling;
                 }
             }
         }
@@ -531,7 +526,8 @@ impl<'a, T: Real> Run<'a, T> {
                     let dy = block_of(dy, first, m, scratch.y);
                     dot(isa, (m, share.live, output), dy, share.bt, g);
                     for t in 0..m {
-                        (0..share.live).for_each(|k| *g.data.add(t * g.stride + k) = *g.data.add(t * g.stride + k) * scaling);
+                        (0..share.live)
+                            .for_each(|k| *g.data.add(t * g.stride + k) = *g.data.add(t * g.stride + k) * scaling);
                     }
                     if let Some(saved) = saved_g {
                         share.scatter(m, g, saved);
@@ -619,7 +615,7 @@ impl<'a, T: Real> Run<'a, T> {
                 for j in 0..share.rank {
                     let row = place(j, share.active).map(|(total, k)| total.a.from(k).data.cast_const());
                     for begin in (0..a.columns).step_by(PIECE) {
-                        let to = row_of(a, j).add(begin * a.dtype.size());
+                        let to = row_of(a, j).offset(begin * a.dtype.size());
                         let value = |c: usize| row.map_or(T::default(), |row| *row.add(begin + c));
                         give(PIECE.min(a.columns - begin), accumulate, a.dtype, to, value);
                     }
@@ -636,7 +632,7 @@ impl<'a, T: Real> Run<'a, T> {
                         *column = place(begin + j, share.active).map(|(total, k)| total.bt.from(k).data.cast_const());
                     }
                     for o in 0..b.rows {
-                        let to = row_of(b, o).add(begin * b.dtype.size());
+                        let to = row_of(b, o).offset(begin * b.dtype.size());
                         let value = |j: usize| columns[j].map_or(T::default(), |column| *column.add(o));
                         give(n, accumulate, b.dtype, to, value);
                     }

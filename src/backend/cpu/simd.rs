@@ -33,7 +33,9 @@ impl Isa {
 }
 
 /// A type that sums are taken in.
-pub(super) trait Real: Float + Into<f64> + Default + Send + Sync + std::iter::Sum + std::ops::AddAssign + 'static {
+pub(super) trait Real:
+    Float + Into<f64> + Default + Send + Sync + std::iter::Sum + std::ops::AddAssign + 'static
+{
     type Portable: Vector<Element = Self>;
     #[cfg(target_arch = "x86_64")]
     type Avx2: Vector<Element = Self>;

@@ -33,7 +33,7 @@ impl<T: Real> Update<T> {
             // SAFETY: n elements of each array, none of which overlap.
             unsafe {
                 let direct = is_own::<T>(slice.p.1);
-                let p_at = slice.p.0.add(first * slice.p.1.size());
+                let p_at = slice.p.0.offset(first * slice.p.1.size());
                 let p = if direct {
                     std::slice::from_raw_parts_mut(pointer::<T>(p_at), n)
                 } else {
@@ -44,7 +44,7 @@ impl<T: Real> Update<T> {
                     None => &g_wide[..n],
                     Some(_) if is_own::<T>(slice.g.1) => std::slice::from_raw_parts(of(slice.g.0).cast_const(), n),
                     Some(_) => {
-                        load(slice.g.1, slice.g.0.add(first * slice.g.1.size()), n, g_wide.as_mut_ptr());
+                        load(slice.g.1, slice.g.0.offset(first * slice.g.1.size()), n, g_wide.as_mut_ptr());
                         &g_wide[..n]
                     }
                 };
@@ -57,7 +57,7 @@ impl<T: Real> Update<T> {
                         load(slice.p.1, p_at, n, p.as_mut_ptr());
                     }
                     if let Some((low, dtype)) = slice.p_low {
-                        store(dtype, p.as_ptr(), n, low.add(first * dtype.size()));
+                        store(dtype, p.as_ptr(), n, low.offset(first * dtype.size()));
                     }
                 }
                 if let Some(smoothing) = &self.smoothing {
@@ -111,26 +111,12 @@ fn smooth<T: Real>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn smooth_avx2<T: Real>(
-    smoothing: &Smoothing<T>,
-    factor: Option<T>,
-    p: &[T],
-    g: &[T],
-    ipt: &mut [T],
-    unc: &mut [T],
-) {
+fn smooth_avx2<T: Real>(smoothing: &Smoothing<T>, factor: Option<T>, p: &[T], g: &[T], ipt: &mut [T], unc: &mut [T]) {
     smooth_with(smoothing, factor, p, g, ipt, unc);
 }
 
 #[inline(always)]
-fn smooth_with<T: Real>(
-    smoothing: &Smoothing<T>,
-    factor: Option<T>,
-    p: &[T],
-    g: &[T],
-    ipt: &mut [T],
-    unc: &mut [T],
-) {
+fn smooth_with<T: Real>(smoothing: &Smoothing<T>, factor: Option<T>, p: &[T], g: &[T], ipt: &mut [T], unc: &mut [T]) {
     match factor {
         Some(factor) => {
             for (((p, g), ipt), unc) in p.iter().zip(g).zip(ipt).zip(unc) {
@@ -166,7 +152,7 @@ unsafe fn squares_of<T: Real>(isa: Isa, slice: &Slice, begin: usize, end: usize)
     let (mut sum, mut finite) = (0.0, true);
     for first in (begin..end).step_by(BATCH) {
         let n = BATCH.min(end - first);
-        let from = slice.g.0.add(first * slice.g.1.size());
+        let from = slice.g.0.offset(first * slice.g.1.size());
         // SAFETY: n elements of the gradients.
         let g = unsafe {
             if is_own::<T>(slice.g.1) {

@@ -18,7 +18,7 @@ const COLUMNS: usize = 256;
 const DEPTH: usize = 16;
 
 fn at(matrix: &Matrix, row: usize, column: usize) -> Address {
-    matrix.data.add((row * matrix.row_stride + column) * matrix.dtype.size())
+    matrix.data.offset((row * matrix.row_stride + column) * matrix.dtype.size())
 }
 
 /// # Safety
@@ -27,7 +27,7 @@ pub(super) unsafe fn initialize(host: &Host, geometry: &Geometry, params: &Tripl
     let (a, e, b) = (&params.a, &params.e, &params.b);
     for i in 0..e.length {
         // SAFETY: an element of E.
-        unsafe { write(e.dtype, 0.0, e.data.add(i * e.stride * e.dtype.size())) };
+        unsafe { write(e.dtype, 0.0, e.data.offset(i * e.stride * e.dtype.size())) };
     }
     host.team.run(a.rows, a.columns * a.rows > ROWS * COLUMNS, "A is", |row, _| {
         for column in 0..a.columns {
@@ -132,7 +132,7 @@ impl Tile {
                     if layout == Layout::OutIn { (&params.b, &params.a) } else { (&params.a, &params.b) };
                 for k in 0..depth {
                     let j = triplet + k;
-                    let e = read(params.e.dtype, params.e.data.add(j * params.e.stride * params.e.dtype.size()));
+                    let e = read(params.e.dtype, params.e.data.offset(j * params.e.stride * params.e.dtype.size()));
                     for i in 0..self.rows {
                         let row = self.first + i;
                         let (row, column) = if layout == Layout::OutIn { (row, j) } else { (j, row) };
