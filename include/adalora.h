@@ -1,3 +1,26 @@
+// libadalora: AdaLoRA (Zhang et al., ICLR 2023) for any trainer: SVD adapters W + B diag(E) A whose ranks are reallocated during training.
+//
+// Three opaque objects: a context (backend, device, threads), adapters (one layer's geometry each), an allocator (the adapters of a
+// model, in a fixed order). Destroying them in any order is safe: each keeps alive what it needs.
+//
+// Memory. The caller owns every buffer: host memory on the CPU backend, device memory on CUDA; descriptors lie on the host. No object keeps a
+// caller's pointer beyond the call, except adalora_allocator_bind, which says so. Pointers are aligned to their element; an output that
+// overlaps any other operand is refused. What reads back to the host has _sync in its name; apart from those, context_create, context_prepare,
+// the creates and bind, no call allocates or synchronises.
+//
+// Errors. Every function that can fail returns a status, 0 for success. An argument error changes nothing. adalora_last_error() is this thread's text:
+// which call, which argument, what was found and what was expected.
+//
+// Descriptors begin with struct_size, set to sizeof; zero the rest first (calloc, memset, = {0}), since zero means default. A descriptor of a
+// later version is accepted where its unknown tail is zero. Arrays of descriptors are passed with their stride in bytes.
+//
+// Threads. Any handle may be used from any thread. A const pointer to an object promises that the call may run concurrently with others
+// on it; other calls on one object wait for each other. Results do not depend on the number of threads.
+//
+// Shapes are row-major. The compute type of an adapter is float64 for float64 parameters, else float32; sums over tokens and features are
+// taken in it, scores and norms in float64. A stream is a cudaStream_t on CUDA, and not read on the CPU.
+
+
 #ifndef ADALORA_H
 #define ADALORA_H
 

@@ -170,7 +170,7 @@ impl Vector {
 pub struct Triplets {
     /// Right vectors, [rank, in_local].
     pub a: Matrix,
-    /// Values, [rank].
+    /// Values, `rank` of them.
     pub e: Vector,
     /// Left vectors, [out_local, rank].
     pub b: Matrix,

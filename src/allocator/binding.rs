@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub enum Factor {
     /// Right vectors, [rank, in].
     A,
-    /// Values, [rank].
+    /// Values, `rank` of them.
     E,
     /// Left vectors, [out, rank].
     B,

@@ -1,0 +1,91 @@
+# What a newcomer runs: `make demo` and `make test`. Each installs what is missing first (Debian or Ubuntu, with Rust).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz tools clean
+
+LIBRARY := target/release/libadalora.so
+TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+SANITIZED := target/$(TARGET)/release/libadalora.so
+VENV := target/venv
+BENCH_VENV := target/venv-bench
+PYTHON := $(VENV)/bin/python
+GOLDEN := python_shim/tests/golden $(wildcard ../shared/golden)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+demo: lib
+	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	cmake --build target/cpp --target digits_trainer
+	target/cpp/digits/digits_trainer
+
+test: format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz
+
+format: tools
+	cargo fmt --all --check
+	$(VENV)/bin/ruff format --check python_shim benches
+	$(VENV)/bin/ruff check python_shim benches
+
+lint: tools
+	cargo clippy --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
+
+test-rust: tools
+	cargo test --locked
+
+test-cpp: lib
+	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	cmake --build target/cpp
+	ctest --test-dir target/cpp --output-on-failure
+
+test-cpp-sanitized: lib-sanitized
+	cmake -S cpp_tests -B target/cpp-sanitized -G Ninja -DADALORA_SANITIZE=ON -DADALORA_LIBRARY=$(abspath $(SANITIZED)) >/dev/null
+	cmake --build target/cpp-sanitized
+	ctest --test-dir target/cpp-sanitized --output-on-failure
+
+test-python: tools
+	$(PYTHON) -m pip install --quiet ./python_shim[test]
+	cd python_shim && $(abspath $(PYTHON)) -m pytest -q
+
+test-replay: lib
+	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float64 $(GOLDEN)
+	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float32 $(GOLDEN)
+
+# One minute of random call sequences against the C functions.
+fuzz: tools
+	FUZZ_SECONDS=60 cargo test --release --locked --lib sequences -- --nocapture
+
+bench: lib
+	test -x $(BENCH_VENV)/bin/python || python3 -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --requirement benches/requirements.txt ./python_shim
+	$(BENCH_VENV)/bin/python benches/bench.py
+
+header: tools
+	WRITE_HEADER=1 cargo test --locked --test header
+	$(PYTHON) python_shim/generate_bindings.py
+
+lib: tools
+	cargo rustc --release --locked --crate-type cdylib
+
+# The standard library is not instrumented; our code on both sides of the boundary is.
+lib-sanitized: tools
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo rustc --release --locked --crate-type cdylib --target $(TARGET)
+
+tools: target/.tools
+
+target/.tools: Makefile python_shim/pyproject.toml
+	@command -v cargo >/dev/null || { echo "Rust is missing: install cargo 1.88 or later"; exit 1; }
+	missing=; for pair in cmake:cmake ninja:ninja-build g++:g++ nm:binutils; do \
+	  command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
+	test -e /usr/include/gtest/gtest.h || missing="$$missing libgtest-dev"; \
+	python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	if [ -n "$$missing" ]; then \
+	  $(SUDO) apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing; fi
+	mkdir -p target
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet ruff numpy pytest safetensors ml_dtypes
+	touch $@
+
+clean:
+	rm -rf target
