@@ -7,13 +7,13 @@ use arrayvec::ArrayVec;
 use std::sync::Arc;
 
 /// Adapters that may read one x in a call.
-pub const MAX_GROUP: usize = 64;
+pub(crate) const MAX_GROUP: usize = 64;
 /// Columns that Philox's counter can tell apart, four to a word.
-pub const MAX_FEATURES: usize = 1 << 34;
+pub(crate) const MAX_FEATURES: usize = 1 << 34;
 /// Tokens that Philox's counter can tell apart.
 const MAX_TOKENS: u64 = 1 << 32;
 /// Alignment of workspace and state.
-pub const ALIGNMENT: usize = 64;
+pub(crate) const ALIGNMENT: usize = 64;
 /// Keeps the scaling's divisor away from zero, as PEFT's `ranknum + 1e-5` does.
 const RANKNUM_EPS: f64 = 1e-5;
 

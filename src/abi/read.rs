@@ -219,6 +219,9 @@ pub(super) fn buffer(data: *mut c_void, bytes: usize, name: &str) -> Result<Buff
 /// # Safety
 /// `data` is the beginning of `size` readable bytes, or null.
 pub(super) unsafe fn bytes<'a>(data: *const c_void, size: usize, name: &str) -> Result<&'a [u8]> {
+    if size == 0 {
+        return Ok(&[]);
+    }
     if data.is_null() {
         return Err(Error::argument(name, "NULL", "an address"));
     }

@@ -19,7 +19,7 @@ use state::{Fnv, Layout};
 use std::sync::Arc;
 
 /// More adapters than any model has.
-pub const MAX_ADAPTERS: usize = 1 << 24;
+pub(crate) const MAX_ADAPTERS: usize = 1 << 24;
 /// Steps are computed with in float64, which holds integers up to here.
 const MAX_STEP: i64 = 1 << 53;
 

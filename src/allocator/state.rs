@@ -4,7 +4,7 @@
 use crate::adapter::ALIGNMENT;
 
 /// Marks memory that holds a state; 0 stands for a fresh one.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"AdaLoRA\x01");
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"AdaLoRA\x01");
 
 /// Counters, at the beginning of the state.
 #[repr(C)]
@@ -29,9 +29,9 @@ pub struct Header {
 }
 
 /// A pattern was chosen or set.
-pub const HAS_PATTERN: i64 = 1;
+pub(crate) const HAS_PATTERN: i64 = 1;
 /// It will not change any more.
-pub const IS_FINAL: i64 = 2;
+pub(crate) const IS_FINAL: i64 = 2;
 
 impl Header {
     /// Whether a pattern was chosen or set.

@@ -54,7 +54,8 @@ pub(super) unsafe fn store<T: Real>(dtype: Dtype, from: *const T, n: usize, to: 
         match dtype {
             Dtype::Float32 => copy::<T, f32>(from, n, pointer(to), |x| Into::<f64>::into(x) as f32),
             Dtype::Float64 => copy::<T, f64>(from, n, pointer(to), Into::into),
-            Dtype::Bfloat16 => copy::<T, bf16>(from, n, pointer(to), |x| bf16::from_f64(x.into())),
+            // Half precision is computed with in float32, so that this is one rounding.
+            Dtype::Bfloat16 => copy::<T, bf16>(from, n, pointer(to), |x| bf16::from_f32(Into::<f64>::into(x) as f32)),
             Dtype::Float16 => {
                 let mut wide = [0f32; BATCH];
                 for begin in (0..n).step_by(BATCH) {
@@ -94,6 +95,12 @@ pub(super) unsafe fn read(dtype: Dtype, from: Address) -> f64 {
     }
 }
 
+/// The same number for whoever looks at its upper half alone, as `half` does before it rounds: what is lost below shows in the last bit.
+fn sticky(value: f64) -> f64 {
+    let bits = value.to_bits();
+    f64::from_bits(if bits as u32 == 0 { bits } else { bits | 1 << 32 })
+}
+
 /// Rounds a float64 to one element; returns whether it is finite there.
 ///
 /// # Safety
@@ -111,12 +118,48 @@ pub(super) unsafe fn write(dtype: Dtype, value: f64, to: Address) -> bool {
                 value.is_finite()
             }
             Dtype::Bfloat16 => {
-                *pointer::<bf16>(to) = bf16::from_f64(value);
-                bf16::from_f64(value).is_finite()
+                let narrow = bf16::from_f64(sticky(value));
+                *pointer::<bf16>(to) = narrow;
+                narrow.is_finite()
             }
             Dtype::Float16 => {
-                *pointer::<f16>(to) = f16::from_f64(value);
-                f16::from_f64(value).is_finite()
+                let narrow = f16::from_f64(sticky(value));
+                *pointer::<f16>(to) = narrow;
+                narrow.is_finite()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Between two neighbours the nearer one, whatever stands below the bits that `half` looks at; ties go to the even one.
+    #[test]
+    fn rounds_to_nearest() {
+        for exponent in [-20, -3, 0, 11] {
+            for (bits, dtype) in [(7, Dtype::Bfloat16), (10, Dtype::Float16)] {
+                let (unit, step) = (2f64.powi(exponent), 2f64.powi(exponent - bits));
+                if dtype == Dtype::Float16 && exponent < -14 {
+                    continue;
+                }
+                for (value, want) in [
+                    (unit + 0.5 * step, unit),
+                    (unit + 0.5 * step + unit * f64::EPSILON, unit + step),
+                    (unit + 1.5 * step - unit * f64::EPSILON, unit + step),
+                    (unit + 1.5 * step, unit + 2.0 * step),
+                    (-unit - 0.5 * step - unit * f64::EPSILON, -unit - step),
+                ] {
+                    let mut slot = 0u16;
+                    let to = Address((&raw mut slot).expose_provenance());
+                    // SAFETY: `slot` has room for a half-precision element.
+                    let got = unsafe {
+                        write(dtype, value, to);
+                        read(dtype, to)
+                    };
+                    assert_eq!(got, want, "{dtype} {value:e}");
+                }
             }
         }
     }
