@@ -110,24 +110,6 @@
 // Log level: what was chosen, once per object.
 #define ADALORA_LOG_INFO 2
 
-// Adapters that may read one x in a call.
-#define MAX_GROUP 64
-
-// Columns that Philox's counter can tell apart, four to a word.
-#define MAX_FEATURES (1 << 34)
-
-// Alignment of workspace and state.
-#define ALIGNMENT 64
-
-// More adapters than any model has.
-#define MAX_ADAPTERS (1 << 24)
-
-// A pattern was chosen or set.
-#define HAS_PATTERN 1
-
-// It will not change any more.
-#define IS_FINAL 2
-
 // The geometry of one layer's adapter; holds no pointer of the caller's. May be used from any thread, by several at once.
 typedef struct adalora_adapter_t adalora_adapter_t;
 

@@ -95,10 +95,15 @@ pub(super) unsafe fn read(dtype: Dtype, from: Address) -> f64 {
     }
 }
 
-/// The same number for whoever looks at its upper half alone, as `half` does before it rounds: what is lost below shows in the last bit.
-fn sticky(value: f64) -> f64 {
-    let bits = value.to_bits();
-    f64::from_bits(if bits as u32 == 0 { bits } else { bits | 1 << 32 })
+/// The float32 towards zero, its last bit set if anything was cut off: rounding that to nearest once more gives what rounding the float64
+/// to nearest would, while two roundings to nearest may not.
+fn round_to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    let back = f64::from(nearest);
+    if back == value || value.is_nan() {
+        return nearest;
+    }
+    f32::from_bits((nearest.to_bits() - u32::from(back.abs() > value.abs())) | 1)
 }
 
 /// Rounds a float64 to one element; returns whether it is finite there.
@@ -118,12 +123,12 @@ pub(super) unsafe fn write(dtype: Dtype, value: f64, to: Address) -> bool {
                 value.is_finite()
             }
             Dtype::Bfloat16 => {
-                let narrow = bf16::from_f64(sticky(value));
+                let narrow = bf16::from_f32(round_to_odd(value));
                 *pointer::<bf16>(to) = narrow;
                 narrow.is_finite()
             }
             Dtype::Float16 => {
-                let narrow = f16::from_f64(sticky(value));
+                let narrow = f16::from_f32(round_to_odd(value));
                 *pointer::<f16>(to) = narrow;
                 narrow.is_finite()
             }
@@ -135,7 +140,7 @@ pub(super) unsafe fn write(dtype: Dtype, value: f64, to: Address) -> bool {
 mod tests {
     use super::*;
 
-    /// Between two neighbours the nearer one, whatever stands below the bits that `half` looks at; ties go to the even one.
+    /// Between two neighbours the nearer one, however little decides it; ties go to the even one.
     #[test]
     fn rounds_to_nearest() {
         for exponent in [-20, -3, 0, 11] {
