@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::error::{At, Code, Error, Result};
-use crate::tensor::{Address, Buffer, Dtype, Matrix, Names, Region, Stream, Triplets, Vector};
+use crate::tensor::{Address, Buffer, Dtype, Matrix, Names, Region, Stream, Triplets, Vector, disjoint};
 use arrayvec::ArrayVec;
 use std::sync::Arc;
 
@@ -286,17 +286,18 @@ impl Adapter {
         non_finite: Option<Address>,
         stream: Stream,
     ) -> Result<()> {
+        self.check_weight(layout, w)?;
+        let params_checked = self.geometry.triplets(params, "params", &[self.geometry.param_dtype])?;
+        let mut outputs: ArrayVec<_, 3> = ArrayVec::new();
+        outputs.push(("w", w.region()));
         if let Some(backup) = backup {
             backup.expect("backup", w.rows, w.columns, &[w.dtype])?;
-            disjoint(&[("w", w.region()), ("backup", backup.region())], &[])?;
-            self.check_weight(layout, w)?;
-            let params = self.geometry.triplets(params, "params", &[self.geometry.param_dtype])?;
-            disjoint(&[("backup", backup.region())], &inputs(&params))?;
+            outputs.push(("backup", backup.region()));
         }
         if let Some(flag) = non_finite {
-            let flag = Region::contiguous(flag, 4);
-            disjoint(&[("non_finite", flag), ("w", w.region())], &[])?;
+            outputs.push(("non_finite", Region::contiguous(flag, size_of::<f32>())));
         }
+        disjoint(&outputs, &inputs(&params_checked))?;
         self.apply_delta(params, scaling, layout, Combine::Add, w, Some((backup, non_finite)), stream)
     }
 
@@ -353,18 +354,6 @@ impl Adapter {
 
 fn inputs(params: &Triplets) -> [(&'static str, Region); 3] {
     [("params.A", params.a.region()), ("params.E", params.e.region()), ("params.B", params.b.region())]
-}
-
-/// Refuses outputs that overlap each other or an input.
-fn disjoint(outputs: &[(&str, Region)], inputs: &[(&str, Region)]) -> Result<()> {
-    for (i, (name, region)) in outputs.iter().enumerate() {
-        for (other, place) in outputs[i + 1..].iter().chain(inputs) {
-            if region.overlaps(place) {
-                return Err(Error::argument(*name, format_args!("memory that overlaps {other}"), "memory of its own"));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Bytes that a call of these adapters needs.

@@ -2,7 +2,7 @@
 
 use crate::backend::{self, Backend};
 use crate::error::{Error, Result};
-use crate::tensor::{Address, Stream};
+use crate::tensor::{Address, Region, Stream, disjoint};
 use std::sync::Arc;
 
 /// Which backend is asked for.
@@ -79,6 +79,10 @@ impl Context {
         if max_norm.is_nan() || max_norm <= 0.0 {
             return Err(Error::argument("max_norm", max_norm, "a number above 0, or infinity"));
         }
+        let value = |address| Region::contiguous(address, size_of::<f64>());
+        let inputs =
+            [("sum_of_squares", value(sum_of_squares)), ("loss_scale", value(loss_scale.unwrap_or(sum_of_squares)))];
+        disjoint(&[("grad_factor", value(grad_factor))], &inputs)?;
         self.backend.gradient_factor(sum_of_squares, loss_scale, max_norm, grad_factor, stream)
     }
 }

@@ -206,6 +206,18 @@ impl Region {
     }
 }
 
+/// Refuses outputs that overlap each other or an input.
+pub(crate) fn disjoint(outputs: &[(&str, Region)], inputs: &[(&str, Region)]) -> Result<()> {
+    for (i, (name, region)) in outputs.iter().enumerate() {
+        for (other, place) in outputs[i + 1..].iter().chain(inputs) {
+            if region.overlaps(place) {
+                return Err(Error::argument(*name, format_args!("memory that overlaps {other}"), "memory of its own"));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Lists types as "float32 or bfloat16".
 pub(crate) struct Names<'a>(pub(crate) &'a [Dtype]);
 

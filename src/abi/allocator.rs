@@ -386,7 +386,7 @@ pub unsafe extern "C" fn adalora_allocator_save_state_sync(
         let allocator = required(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
         let image = allocator.save_state_sync(stream.into())?;
         // SAFETY: `bytes` has room for `*size` bytes or is null, as the documentation asks.
-        unsafe { guard::copy_out(&image, false, bytes.cast(), size, "bytes") }
+        unsafe { guard::copy_out(&image, false, bytes.cast(), size, ["bytes", "size"]) }
     })
 }
 

@@ -57,7 +57,7 @@ pub unsafe extern "C" fn adalora_context_describe(
     guard("adalora_context_describe", || {
         let description = super::guard::required(context, "context")?.0.get(Kind::Context, "context")?.describe();
         // SAFETY: `text` has room for `*bytes` bytes or is null, as the documentation asks.
-        unsafe { super::guard::copy_out(description.as_bytes(), true, text.cast(), bytes, "text") }
+        unsafe { super::guard::copy_out(description.as_bytes(), true, text.cast(), bytes, ["text", "bytes"]) }
     })
 }
 

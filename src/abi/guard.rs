@@ -142,9 +142,9 @@ pub(super) unsafe fn copy_out(
     text: bool,
     to: *mut u8,
     room: Option<&mut usize>,
-    name: &str,
+    [name, size_name]: [&str; 2],
 ) -> Result<()> {
-    let size = room.ok_or_else(|| Error::argument("size", "NULL", "the address of a size"))?;
+    let size = room.ok_or_else(|| Error::argument(size_name, "NULL", "the address of a size"))?;
     let needed = bytes.len() + usize::from(text);
     let found = std::mem::replace(size, needed);
     if to.is_null() {

@@ -126,7 +126,11 @@ pub struct Binding {
     /// Hyperparameters.
     pub hypers: Vec<HyperSource>,
     panels: std::result::Result<Vec<Panel>, String>,
+    places: Vec<Place>,
 }
+
+/// An array that is bound: from where to where, and how messages name it.
+type Place = (usize, usize, &'static str, Option<usize>);
 
 impl Binding {
     /// Checks slices, hyperparameters and buffers.
@@ -150,14 +154,24 @@ impl Binding {
         }
         slices.sort_by_key(|s| (s.adapter, s.factor, s.begin, s.index));
         check_coverage(&model, &slices)?;
-        check_overlaps(&slices, [("state", state, sizes.state), ("workspace", workspace, sizes.workspace)])?;
+        let places =
+            check_overlaps(&slices, [("state", state, sizes.state), ("workspace", workspace, sizes.workspace)])?;
         let panels = panels(&model, &slices);
-        Ok(Self { model, state, workspace, slices, hypers: hypers.to_vec(), panels })
+        Ok(Self { model, state, workspace, slices, hypers: hypers.to_vec(), panels, places })
     }
 
     /// Whole columns of all factors; an error where this process owns some only in part.
     pub fn panels(&self) -> Result<&[Panel]> {
         self.panels.as_deref().map_err(|text| Error::new(Code::InvalidState, text.clone()))
+    }
+
+    /// Refuses an operand of a call that overlaps what is bound.
+    pub fn apart(&self, name: &str, address: Address, bytes: usize) -> Result<()> {
+        let next = self.places.partition_point(|place| place.1 <= address.0);
+        match self.places.get(next).filter(|place| place.0 < address.0.saturating_add(bytes)) {
+            Some((_, _, other, index)) => Err(overlap(name, &named(other, *index))),
+            None => Ok(()),
+        }
     }
 
     /// Refuses AdamW where moments or hyperparameters are not bound.
@@ -318,9 +332,17 @@ fn check_coverage(model: &Model, slices: &[Slice]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses arrays that share memory.
-fn check_overlaps(slices: &[Slice], buffers: [(&'static str, Address, usize); 2]) -> Result<()> {
-    let mut places: Vec<(usize, usize, &'static str, Option<usize>)> = Vec::with_capacity(7 * slices.len() + 2);
+fn named(name: &str, index: Option<usize>) -> String {
+    index.map_or_else(|| name.to_owned(), |i| format!("slices[{i}].{name}"))
+}
+
+fn overlap(name: &str, other: &str) -> Error {
+    Error::argument(name, format_args!("memory that overlaps {other}"), "memory of its own")
+}
+
+/// All arrays by address; refuses those that share memory.
+fn check_overlaps(slices: &[Slice], buffers: [(&'static str, Address, usize); 2]) -> Result<Vec<Place>> {
+    let mut places: Vec<Place> = Vec::with_capacity(7 * slices.len() + 2);
     for (name, address, bytes) in buffers {
         places.push((address.0, address.0 + bytes, name, None));
     }
@@ -342,21 +364,14 @@ fn check_overlaps(slices: &[Slice], buffers: [(&'static str, Address, usize); 2]
         push("exp_avg_unc", slice.exp_avg_unc, slice.state_dtype);
     }
     places.sort_unstable();
-    let named = |name: &str, index: Option<usize>| match index {
-        Some(i) => format!("slices[{i}].{name}"),
-        None => name.to_owned(),
-    };
+    places.retain(|place| place.0 < place.1);
     for pair in places.windows(2) {
         let ((_, end, first, i), (begin, _, second, j)) = (pair[0], pair[1]);
         if begin < end {
-            return Err(Error::argument(
-                named(second, j),
-                format_args!("memory that overlaps {}", named(first, i)),
-                "memory of its own",
-            ));
+            return Err(overlap(&named(second, j), &named(first, i)));
         }
     }
-    Ok(())
+    Ok(places)
 }
 
 /// Whole columns of each factor, or why there are none.

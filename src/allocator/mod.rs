@@ -11,7 +11,8 @@ use crate::backend::BoundAllocator;
 use crate::checkpoint;
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
-use crate::tensor::{Address, Stream};
+use crate::tensor::{Address, Region, Stream, disjoint};
+use arrayvec::ArrayVec;
 pub use binding::{Binding, Factor, HyperSource, SliceSource};
 use parking_lot::{MappedRwLockReadGuard, MappedRwLockWriteGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use schedule::Schedule;
@@ -289,8 +290,12 @@ impl Allocator {
         Ok(Sizes {
             state: self.model.layout.bytes,
             workspace: self.context.backend().allocator_workspace(&self.model, n_slices)?,
-            gram: self.model.gram_offsets[self.model.geometries.len()] * size_of::<f64>(),
+            gram: self.gram_bytes(),
         })
+    }
+
+    fn gram_bytes(&self) -> usize {
+        self.model.gram_offsets[self.model.geometries.len()] * size_of::<f64>()
     }
 
     /// Takes the caller's buffers.
@@ -325,9 +330,11 @@ impl Allocator {
     pub fn gram(&self, gram: Address, stream: Stream) -> Result<()> {
         let mut bound = self.writing()?;
         bound.binding().panels()?;
-        if !self.model.geometries.iter().all(|g| g.rank == 0) {
-            gram.check("gram", 8)?;
+        let bytes = self.gram_bytes();
+        if bytes > 0 {
+            gram.check("gram", align_of::<f64>())?;
         }
+        bound.binding().apart("gram", gram, bytes)?;
         bound.gram(gram, stream)
     }
 
@@ -343,7 +350,7 @@ impl Allocator {
         if !(weight.is_finite() && weight >= 0.0) {
             return Err(Error::argument("weight", weight, "a finite number, 0 or more"));
         }
-        let gram = gram.map(|g| g.check("gram", 8)).transpose()?;
+        let gram = gram.map(|g| g.check("gram", align_of::<f64>())).transpose()?;
         let mut bound = self.writing()?;
         bound.binding().panels()?;
         if gram.is_none() && self.model.sharded {
@@ -352,6 +359,16 @@ impl Allocator {
                 "NULL",
                 "the sum over all processes: the allocator is sharded, and its own share does not suffice",
             ));
+        }
+        if let Some(value) = value {
+            let value = Region::contiguous(value, size_of::<f64>());
+            let factor = factor.map(|f| ("factor", Region::contiguous(f, size_of::<f64>())));
+            let gram = gram.map(|g| ("gram", Region::contiguous(g, self.gram_bytes())));
+            let inputs: ArrayVec<_, 2> = factor.into_iter().chain(gram).collect();
+            disjoint(&[("value", value)], &inputs)?;
+        }
+        for (name, address, bytes) in [("value", value, size_of::<f64>()), ("gram", gram, self.gram_bytes())] {
+            address.map_or(Ok(()), |address| bound.binding().apart(name, address, bytes))?;
         }
         bound.orthogonality(gram, weight, factor, value, stream)
     }
@@ -364,7 +381,17 @@ impl Allocator {
         found_inf: Option<Address>,
         stream: Stream,
     ) -> Result<()> {
-        self.writing()?.gradient_norm(has_grad, sum_of_squares, found_inf, stream)
+        let mut bound = self.writing()?;
+        let sum = ("sum_of_squares", Region::contiguous(sum_of_squares, size_of::<f64>()));
+        let flags = has_grad.map(|h| ("has_grad", Region::contiguous(h, self.model.geometries.len())));
+        let mut outputs: ArrayVec<_, 2> = ArrayVec::from_iter([sum]);
+        if let Some(flag) = found_inf {
+            outputs.push(("found_inf", Region::contiguous(flag, size_of::<f32>())));
+            bound.binding().apart("found_inf", flag, size_of::<f32>())?;
+        }
+        disjoint(&outputs, flags.as_slice())?;
+        bound.binding().apart("sum_of_squares", sum_of_squares, size_of::<f64>())?;
+        bound.gradient_norm(has_grad, sum_of_squares, found_inf, stream)
     }
 
     /// AdamW, if asked for, and importance.
@@ -386,12 +413,14 @@ impl Allocator {
     /// Scores of all triplets.
     pub fn scores(&self, scores: Address, stream: Stream) -> Result<()> {
         if self.model.triplets() > 0 {
-            scores.check("scores", 8)?;
+            scores.check("scores", align_of::<f64>())?;
         }
-        self.reading()?.scores(scores, stream)
+        let bound = self.reading()?;
+        bound.binding().apart("scores", scores, self.model.triplets() * size_of::<f64>())?;
+        bound.scores(scores, stream)
     }
 
-    fn given_scores(&self, scores: Option<Address>) -> Result<Option<Address>> {
+    fn given_scores(&self, bound: &dyn BoundAllocator, scores: Option<Address>) -> Result<Option<Address>> {
         if scores.is_none() && self.model.sharded && self.model.triplets() > 0 {
             return Err(Error::argument(
                 "scores",
@@ -399,13 +428,18 @@ impl Allocator {
                 "the sum over all processes: the allocator is sharded, and its own share does not suffice",
             ));
         }
-        scores.map(|s| s.check("scores", 8)).transpose()
+        if let Some(scores) = scores {
+            scores.check("scores", align_of::<f64>())?;
+            bound.binding().apart("scores", scores, self.model.triplets() * size_of::<f64>())?;
+        }
+        Ok(scores)
     }
 
     /// What the schedule says for the step.
     pub fn select(&self, step: &StepSource, scores: Option<Address>, stream: Stream) -> Result<()> {
-        let scores = self.given_scores(scores)?;
-        self.writing()?.select(step, scores, stream)
+        let mut bound = self.writing()?;
+        let scores = self.given_scores(&*bound, scores)?;
+        bound.select(step, scores, stream)
     }
 
     /// Update, scores and selection.
@@ -426,8 +460,9 @@ impl Allocator {
 
     /// The last mask, now.
     pub fn finalize(&self, scores: Option<Address>, stream: Stream) -> Result<()> {
-        let scores = self.given_scores(scores)?;
-        self.writing()?.finalize(scores, stream)
+        let mut bound = self.writing()?;
+        let scores = self.given_scores(&*bound, scores)?;
+        bound.finalize(scores, stream)
     }
 
     /// A new run.
@@ -437,7 +472,9 @@ impl Allocator {
 
     /// A hash of what every process must agree on.
     pub fn digest(&self, digest: Address, stream: Stream) -> Result<()> {
-        self.reading()?.digest(digest, stream)
+        let bound = self.reading()?;
+        bound.binding().apart("digest", digest, size_of::<u64>())?;
+        bound.digest(digest, stream)
     }
 
     /// Sets the pattern.
@@ -445,7 +482,9 @@ impl Allocator {
         if self.model.triplets() > 0 {
             pattern.check("pattern", 1)?;
         }
-        self.writing()?.set_pattern(pattern, is_final, stream)
+        let mut bound = self.writing()?;
+        bound.binding().apart("pattern", pattern, self.model.triplets())?;
+        bound.set_pattern(pattern, is_final, stream)
     }
 
     /// Where the run stands.
