@@ -1,0 +1,621 @@
+"""The rank allocator over the adapters of a model: schedule, importance, selection, and with them AdamW."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _bindings as c
+from ._handle import Handle, NativeObject, refuse_copy
+from .adapter import Adapter
+from .arrays import (
+    FLOAT32,
+    Array,
+    Triplets,
+    aligned_bytes,
+    as_aligned,
+    as_buffer,
+    as_flags,
+    as_values,
+    named,
+    size_of,
+)
+from .context import Context
+from .errors import InvalidArgumentError
+
+_UNITS = {"triplets": c.ADALORA_BUDGET_TRIPLETS, "parameters": c.ADALORA_BUDGET_PARAMETERS}
+_MATRICES = {"A": c.ADALORA_MATRIX_A, "E": c.ADALORA_MATRIX_E, "B": c.ADALORA_MATRIX_B}
+
+
+class Slice(NamedTuple):
+    """A range of elements of one adapter's A, E or B that this process owns, and everything that belongs to them.
+
+    Elements are numbered in row-major order over the whole matrix; each array holds `end - begin` of them, without
+    gaps, in any shape.
+    """
+
+    adapter: int
+    """Position of the adapter in the allocator."""
+    matrix: str
+    """"A", "E" or "B"."""
+    p: Array
+    """Parameters, or their float32 master where `p_low` is given."""
+    g: Array
+    """Gradients; orthogonality adds to them."""
+    exp_avg_ipt: np.ndarray
+    """Smoothed sensitivity."""
+    exp_avg_unc: np.ndarray
+    """Smoothed uncertainty of the sensitivity."""
+    m: np.ndarray | None = None
+    """AdamW's first moment; None where AdamW is never asked for."""
+    v: np.ndarray | None = None
+    """AdamW's second moment, likewise."""
+    p_low: Array | None = None
+    """The half-precision copy that the forward pass reads, written at every update."""
+    begin: int = 0
+    """First element."""
+    end: int | None = None
+    """One past the last element; None: as many as `p` holds."""
+    hyper: int = 0
+    """Which of the hyperparameters serve it."""
+    replica: bool = False
+    """Whether another process owns these elements too and counts them; here they are updated alone."""
+
+
+class Hyper:
+    """AdamW's hyperparameters for one group of slices.
+
+    Learning rate and weight decay are read at every update: assign `hyper.lr[0]` for a schedule.
+
+    Args:
+        lr: learning rate: a number, or an array of one float64 that is used where it lies.
+        weight_decay: decoupled weight decay, likewise.
+        betas: decays of the two moments.
+        eps: added to the denominator.
+
+    """
+
+    def __init__(
+        self,
+        lr: float | np.ndarray,
+        *,
+        weight_decay: float | np.ndarray = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.lr = _one(lr, np.float64)
+        self.weight_decay = _one(weight_decay, np.float64)
+        self.betas, self.eps = betas, eps
+
+    def struct(self, name: str) -> c.adalora_hyper_t:
+        """The C descriptor; the arrays have to outlive it."""
+        return c.adalora_hyper_t(
+            ctypes.sizeof(c.adalora_hyper_t),
+            as_values(self.lr, f"{name}.lr", dtype=np.float64, size=1),
+            as_values(self.weight_decay, f"{name}.weight_decay", dtype=np.float64, size=1),
+            *self.betas,
+            self.eps,
+        )
+
+
+class StepValues:
+    """What changes from step to step, prepared once: assign `values.step[0]` and the others in place.
+
+    Args:
+        step: the trainer's step number: a number, or an array of one int64 that is used where it lies.
+        grad_factor: multiplies every gradient, unscaling times clipping: likewise of float64; None: 1.
+        found_inf: above 0 where a gradient anywhere in the model is not finite: likewise of float32; then AdamW and
+            importance do nothing. None: the library looks itself, which costs one more reading of the gradients; a
+            sharded allocator needs it.
+        has_grad: [n_adapters] of uint8 or bool, 0 where the adapter has no gradient this step; None: all have one.
+
+    """
+
+    def __init__(
+        self,
+        step: int | np.ndarray = 0,
+        *,
+        grad_factor: float | np.ndarray | None = None,
+        found_inf: float | np.ndarray | None = None,
+        has_grad: np.ndarray | None = None,
+    ) -> None:
+        self.step = _one(step, np.int64)
+        self.grad_factor = None if grad_factor is None else _one(grad_factor, np.float64)
+        self.found_inf = None if found_inf is None else _one(found_inf, np.float32)
+        self.has_grad = has_grad
+        self._struct = c.adalora_step_t(ctypes.sizeof(c.adalora_step_t))
+        self._struct.step = as_values(self.step, "step", dtype=np.int64, size=1)
+        if self.grad_factor is not None:
+            self._struct.grad_factor = as_values(self.grad_factor, "grad_factor", dtype=np.float64, size=1)
+        if self.found_inf is not None:
+            self._struct.found_inf = as_values(self.found_inf, "found_inf", dtype=np.float32, size=1)
+        if has_grad is not None:
+            self._struct.has_grad = as_flags(has_grad, "has_grad", size=len(has_grad))
+        self.reference = ctypes.byref(self._struct)
+
+    def check(self, n_adapters: int) -> Any:
+        """The C argument, for an allocator of that many adapters."""
+        if self.has_grad is not None and len(self.has_grad) != n_adapters:
+            raise InvalidArgumentError(f"has_grad: expected {n_adapters} flags, found {len(self.has_grad)}")
+        return self.reference
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies: the descriptor holds addresses."""
+        refuse_copy(self)
+
+
+class Sizes(NamedTuple):
+    """Bytes of the buffers that an allocator works with."""
+
+    state: int
+    workspace: int
+    gram: int
+
+
+class Budget(NamedTuple):
+    """What the schedule says for a step."""
+
+    budget: int
+    """How many triplets (or parameters) are kept."""
+    masks: bool
+    """Whether a mask falls on the step."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands."""
+
+    pattern: list[np.ndarray]
+    """For each adapter, which of its triplets are kept."""
+    ranks: list[int]
+    """For each adapter, how many."""
+    adam_steps: list[int]
+    """For each adapter, updates that AdamW applied."""
+    last_step: int
+    """The step of the last selection; -1 before the first."""
+    skipped: int
+    """Updates that were suppressed because a gradient was not finite."""
+    irregular: int
+    """Selections whose step was not above the one before."""
+    selections: int
+    """How often the pattern was chosen anew."""
+    budget: int
+    """Budget at the last step, in the allocator's unit."""
+    live_triplets: int
+    """Triplets kept, over all adapters."""
+    live_parameters: int
+    """Their parameters."""
+    has_pattern: bool
+    """Whether a pattern was chosen or set; else everything is kept."""
+    is_final: bool
+    """Whether the pattern is final."""
+
+
+@dataclass
+class Training:
+    """The arrays of one run in one process: what `Allocator.bind_all` made or was given."""
+
+    params: Sequence[Triplets]
+    """What the forward pass reads."""
+    grads: Sequence[Triplets]
+    exp_avg_ipt: Sequence[Triplets]
+    exp_avg_unc: Sequence[Triplets]
+    m: Sequence[Triplets] | None
+    v: Sequence[Triplets] | None
+    masters: Sequence[Triplets] | None
+    """float32 copies that the update works on, where `params` is in half precision."""
+    hyper: Hyper | None
+    values: StepValues
+    """Values for `Allocator.step`: step number, gradient factor and has_grad; the library looks for infinities itself,
+    and a trainer who calls `Allocator.gradient_norm` anyway spares it that by values with `found_inf` of its own."""
+    slices: list[Slice] = field(repr=False)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        for _, array in named("grads", self.grads):
+            (array if isinstance(array, np.ndarray) else array.bits)[...] = 0
+
+    def named_arrays(self) -> Iterator[tuple[str, Array]]:
+        """What a checkpoint needs beside `Allocator.save_state`, with names such as `exp_avg_ipt/0/A`."""
+        for name in ("params", "masters", "m", "v", "exp_avg_ipt", "exp_avg_unc"):
+            yield from named(name, getattr(self, name) or ())
+
+
+class Allocator(NativeObject):
+    """Spreads a falling budget of ranks over adapters by the importance of their triplets (PEFT's `RankAllocator`).
+
+    Once per optimiser step, after backward: `orthogonality`, then `gradient_norm` where gradients are clipped or may
+    be infinite, then `step`.
+
+    Args:
+        context: what computes.
+        adapters: all adapters of the model, in an order that every process shares.
+        target_r: mean rank per adapter at the end.
+        total_step: steps of the training run.
+        tinit: steps before the budget begins to fall.
+        tfinal: steps at the end during which the pattern is fixed.
+        deltaT: a mask falls on every step that this number divides, while the budget falls.
+        beta1: smoothing of the sensitivity, in (0, 1).
+        beta2: smoothing of the uncertainty, in (0, 1).
+        budget_unit: "triplets" or "parameters".
+        sharded: whether this process may own a part of the elements only.
+
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        adapters: Sequence[Adapter],
+        *,
+        target_r: int,
+        total_step: int,
+        tinit: int = 0,
+        tfinal: int = 0,
+        deltaT: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        budget_unit: str = "triplets",
+        sharded: bool = False,
+    ) -> None:
+        if budget_unit not in _UNITS:
+            raise InvalidArgumentError(f"budget_unit: expected one of {', '.join(_UNITS)}, found {budget_unit!r}")
+        self.library = context.library
+        self.adapters = tuple(adapters)
+        self.n_adapters = len(self.adapters)
+        self.ranks = [adapter.init_r for adapter in self.adapters]
+        self.total_rank = sum(self.ranks)
+        handles = [adapter.handle for adapter in self.adapters]
+        pointers = (ctypes.POINTER(c.adalora_adapter_t) * self.n_adapters)(*(handle.pointer for handle in handles))
+        desc = c.adalora_allocator_desc_t(
+            struct_size=ctypes.sizeof(c.adalora_allocator_desc_t),
+            n_adapters=self.n_adapters,
+            adapters=pointers,
+            target_rank=target_r,
+            tinit=tinit,
+            tfinal=tfinal,
+            total_step=total_step,
+            delta_t=deltaT,
+            beta1=beta1,
+            beta2=beta2,
+            budget_unit=_UNITS[budget_unit],
+            sharded=sharded,
+        )
+        pointer = ctypes.POINTER(c.adalora_allocator_t)()
+        self.library.adalora_allocator_create(context.handle.pointer, ctypes.byref(desc), ctypes.byref(pointer))
+        self._handle = Handle(self.library, pointer, self.library.adalora_allocator_destroy, context.callbacks)
+
+    # Where everything lies
+
+    def sizes(self, n_slices: int) -> Sizes:
+        """Bytes of state, workspace and Gram matrices for that many slices."""
+        handle = self.handle
+        found = [ctypes.c_size_t() for _ in range(3)]
+        self.library.adalora_allocator_sizes(handle.pointer, n_slices, *map(ctypes.byref, found))
+        return Sizes(*(size.value for size in found))
+
+    def bind(
+        self,
+        slices: Sequence[Slice],
+        hypers: Sequence[Hyper] = (),
+        *,
+        state: np.ndarray | None = None,
+        workspace: np.ndarray | None = None,
+        stream: int | None = None,
+    ) -> None:
+        """Tell the allocator where everything lies. To be repeated when an array is replaced by another.
+
+        Args:
+            slices: every element range that this process owns.
+            hypers: AdamW's hyperparameters, one or several groups; none where AdamW is never asked for.
+            state: memory for pattern, clocks and counters, as `aligned_bytes` makes it; zeros begin a fresh run, and
+                what an earlier bind left there goes on. None: the state of the last bind, or a fresh one.
+            workspace: scratch memory, likewise; None: its own.
+            stream: CUDA stream.
+
+        """
+        handle = self.handle
+        sizes = self.sizes(len(slices))
+        if state is None:
+            state = handle.bound[0] if handle.bound else aligned_bytes(sizes.state)
+        workspace = aligned_bytes(sizes.workspace) if workspace is None else workspace
+        structs = (c.adalora_slice_t * len(slices))()
+        for k, part in enumerate(slices):
+            self._fill(structs[k], part, f"slices[{k}]")
+        hyper_structs = (c.adalora_hyper_t * len(hypers))(*(h.struct(f"hypers[{k}]") for k, h in enumerate(hypers)))
+        self.library.adalora_allocator_bind(
+            handle.pointer,
+            as_aligned(state, "state", sizes.state),
+            as_aligned(workspace, "workspace", sizes.workspace),
+            structs,
+            ctypes.sizeof(c.adalora_slice_t),
+            len(slices),
+            hyper_structs,
+            ctypes.sizeof(c.adalora_hyper_t),
+            len(hypers),
+            stream,
+        )
+        # The library keeps these addresses.
+        handle.bound = (state, workspace, tuple(slices), tuple(hypers))
+
+    def bind_all(
+        self,
+        params: Sequence[Triplets],
+        grads: Sequence[Triplets] | None = None,
+        *,
+        hyper: Hyper | None = None,
+        masters: Sequence[Triplets] | None = None,
+        stream: int | None = None,
+    ) -> Training:
+        """Begin a run of whole adapters in one process: make all arrays that are not given, and bind them.
+
+        Args:
+            params: each adapter's triplets, as the forward pass reads them.
+            grads: their gradients; None: new ones, in float64 for float64 and else in float32.
+            hyper: AdamW's hyperparameters; None: AdamW is never asked for.
+            masters: float32 copies of half-precision `params`, which the update works on; it writes both.
+            stream: CUDA stream.
+
+        """
+        zeros = lambda: [adapter.zeros() for adapter in self.adapters]  # noqa: E731
+        grads = zeros() if grads is None else grads
+        m, v = (zeros(), zeros()) if hyper is not None else (None, None)
+        ipt, unc = zeros(), zeros()
+        for name, given in {"params": params, "grads": grads, "masters": masters}.items():
+            if given is not None and len(given) != self.n_adapters:
+                raise InvalidArgumentError(f"{name}: expected {self.n_adapters} triplets, found {len(given)}")
+        slices = [
+            Slice(
+                adapter=k,
+                matrix=matrix,
+                p=getattr(params[k] if masters is None else masters[k], matrix),
+                g=getattr(grads[k], matrix),
+                exp_avg_ipt=getattr(ipt[k], matrix),
+                exp_avg_unc=getattr(unc[k], matrix),
+                m=None if m is None else getattr(m[k], matrix),
+                v=None if v is None else getattr(v[k], matrix),
+                p_low=None if masters is None else getattr(params[k], matrix),
+            )
+            for k in range(self.n_adapters)
+            for matrix in _MATRICES
+        ]
+        state = aligned_bytes(self.sizes(len(slices)).state)
+        self.bind(slices, [] if hyper is None else [hyper], state=state, stream=stream)
+        values = StepValues(0, grad_factor=1.0, has_grad=np.ones(self.n_adapters, np.uint8))
+        return Training(params, grads, ipt, unc, m, v, masters, hyper, values, slices)
+
+    def _fill(self, struct: c.adalora_slice_t, part: Slice, name: str) -> None:
+        if part.matrix not in _MATRICES:
+            raise InvalidArgumentError(f"{name}.matrix: expected one of A, E, B, found {part.matrix!r}")
+        if not 0 <= part.adapter < self.n_adapters:
+            raise InvalidArgumentError(f"{name}.adapter: expected 0 to {self.n_adapters - 1}, found {part.adapter}")
+        adapter = self.adapters[part.adapter]
+        end = part.begin + size_of(part.p) if part.end is None else part.end
+        shape = (max(end - part.begin, 0),)
+        own, state = (adapter.param_dtype,), (adapter.compute_dtype,)
+        struct.struct_size = ctypes.sizeof(c.adalora_slice_t)
+        struct.adapter, struct.begin, struct.end = part.adapter, part.begin, end
+        struct.matrix, struct.hyper, struct.replica = _MATRICES[part.matrix], part.hyper, part.replica
+        p_types = own if part.p_low is None else (FLOAT32,)
+        struct.p, struct.p_dtype = as_buffer(part.p, f"{name}.p", shape=shape, dtypes=p_types)
+        struct.g, struct.g_dtype = as_buffer(part.g, f"{name}.g", shape=shape, dtypes=(*own, *state))
+        if part.p_low is not None:
+            struct.p_low, _ = as_buffer(part.p_low, f"{name}.p_low", shape=shape, dtypes=own)
+        for moment in ("m", "v", "exp_avg_ipt", "exp_avg_unc"):
+            array = getattr(part, moment)
+            if array is not None:
+                setattr(struct, moment, as_buffer(array, f"{name}.{moment}", shape=shape, dtypes=state)[0])
+
+    # The steps of training
+
+    def budget(self, step: int) -> Budget:
+        """The budget that the schedule sets for a step, and whether a mask falls on it."""
+        handle, budget, masks = self.handle, ctypes.c_int64(), ctypes.c_int32()
+        self.library.adalora_allocator_budget(handle.pointer, step, ctypes.byref(budget), ctypes.byref(masks))
+        return Budget(budget.value, bool(masks.value))
+
+    def gram(self, gram: np.ndarray | None = None, *, stream: int | None = None) -> np.ndarray:
+        """Gram matrices `A A^T`, then `B^T B`, of each adapter, over the owned elements; sharded processes sum them.
+
+        Args:
+            gram: receives them, as one vector of float64; None: a new one.
+            stream: CUDA stream.
+
+        """
+        handle = self.handle
+        size = self.sizes(0).gram // 8
+        gram = np.empty(size) if gram is None else gram
+        address = as_values(gram, "gram", dtype=np.float64, size=size, writable=True)
+        self.library.adalora_allocator_gram(handle.pointer, address, stream)
+        return gram
+
+    def orthogonality(
+        self,
+        orth_reg_weight: float,
+        *,
+        factor: float | np.ndarray | None = None,
+        gram: np.ndarray | None = None,
+        value: np.ndarray | None = None,
+        stream: int | None = None,
+    ) -> float | None:
+        """Add the gradient of the orthogonal penalty to the bound gradients, once per optimiser step.
+
+        Args:
+            orth_reg_weight: the penalty's weight.
+            factor: the loss scale that the gradients carry; None: 1.
+            gram: as `gram` wrote it, summed where sharded; None: computed here.
+            value: one float64, receives the penalty.
+            stream: CUDA stream.
+
+        Returns:
+            The penalty, without `factor`; None where `value` receives it.
+
+        """
+        handle = self.handle
+        factor = None if factor is None else _one(factor, np.float64)
+        result = np.zeros(1) if value is None else value
+        self.library.adalora_allocator_orthogonality(
+            handle.pointer,
+            None if gram is None else as_values(gram, "gram", dtype=np.float64, size=self.sizes(0).gram // 8),
+            orth_reg_weight,
+            None if factor is None else as_values(factor, "factor", dtype=np.float64, size=1),
+            as_values(result, "value", dtype=np.float64, size=1, writable=True),
+            stream,
+        )
+        return float(result[0]) if value is None else None
+
+    def gradient_norm(
+        self,
+        sum_of_squares: np.ndarray,
+        found_inf: np.ndarray | None = None,
+        *,
+        has_grad: np.ndarray | None = None,
+        stream: int | None = None,
+    ) -> None:
+        """Add the sum of squares of all bound gradients to a sum that the trainer shares with its other parameters.
+
+        Args:
+            sum_of_squares: one float64, added to.
+            found_inf: one float32, set to 1 where a gradient is not finite, else left alone.
+            has_grad: [n_adapters], 0: that adapter's gradients are not read; None: all are.
+            stream: CUDA stream.
+
+        """
+        handle = self.handle
+        self.library.adalora_allocator_gradient_norm(
+            handle.pointer,
+            None if has_grad is None else as_flags(has_grad, "has_grad", size=self.n_adapters),
+            as_values(sum_of_squares, "sum_of_squares", dtype=np.float64, size=1, writable=True),
+            None if found_inf is None else as_values(found_inf, "found_inf", dtype=np.float32, size=1, writable=True),
+            stream,
+        )
+
+    def step(self, step: int | StepValues, *, with_adamw: bool = True, stream: int | None = None) -> None:
+        """`update`, `scores` and `select` in one call (PEFT's `update_and_allocate`, after the optimiser's step)."""
+        handle, values = self.handle, _values(step)
+        self.library.adalora_allocator_step(handle.pointer, values.check(self.n_adapters), with_adamw, stream)
+
+    def update(self, step: int | StepValues, *, with_adamw: bool = True, stream: int | None = None) -> None:
+        """AdamW, then importance from the parameters after it and the gradients that it used.
+
+        Args:
+            step: the step's number, or all that changes from step to step.
+            with_adamw: False: importance alone, for trainers with an optimiser of their own.
+            stream: CUDA stream.
+
+        """
+        handle, values = self.handle, _values(step)
+        self.library.adalora_allocator_update(handle.pointer, values.check(self.n_adapters), with_adamw, stream)
+
+    def scores(self, scores: np.ndarray | None = None, *, stream: int | None = None) -> np.ndarray:
+        """Importance of every triplet, adapter by adapter, over the owned elements; sharded processes sum it.
+
+        Args:
+            scores: receives them, as one vector of float64; None: a new one.
+            stream: CUDA stream.
+
+        """
+        handle = self.handle
+        scores = np.empty(self.total_rank) if scores is None else scores
+        address = as_values(scores, "scores", dtype=np.float64, size=self.total_rank, writable=True)
+        self.library.adalora_allocator_scores(handle.pointer, address, stream)
+        return scores
+
+    def select(self, step: int | StepValues, scores: np.ndarray | None = None, *, stream: int | None = None) -> None:
+        """Do what the schedule says for the step: mask where a mask falls on it.
+
+        Args:
+            step: the step's number.
+            scores: as `scores` wrote them, summed where sharded; None: computed here where they are needed.
+            stream: CUDA stream.
+
+        """
+        handle, values = self.handle, _values(step)
+        address = self._scores(scores)
+        self.library.adalora_allocator_select(handle.pointer, values.check(self.n_adapters), address, stream)
+
+    def finalize(self, scores: np.ndarray | None = None, *, stream: int | None = None) -> None:
+        """Take the last mask now, as crossing `total_step - tfinal` would; nothing where the pattern is final."""
+        handle = self.handle
+        self.library.adalora_allocator_finalize(handle.pointer, self._scores(scores), stream)
+
+    def reset(self, *, stream: int | None = None) -> None:
+        """Begin a new run: pattern, clocks, counters, averages and moments as at the start; parameters stay."""
+        handle = self.handle
+        self.library.adalora_allocator_reset(handle.pointer, stream)
+
+    def _scores(self, scores: np.ndarray | None) -> int | None:
+        return None if scores is None else as_values(scores, "scores", dtype=np.float64, size=self.total_rank)
+
+    # Where a run stands, out and in
+
+    def read(self, *, stream: int | None = None) -> Standing:
+        """Pattern, ranks, clocks and counters. Waits for the stream."""
+        handle = self.handle
+        pattern = np.empty(self.total_rank, np.bool_)
+        ranks, adam_steps = np.empty(self.n_adapters, np.int64), np.empty(self.n_adapters, np.int64)
+        report = c.adalora_report_t(ctypes.sizeof(c.adalora_report_t))
+        self.library.adalora_allocator_read_sync(
+            handle.pointer,
+            pattern.ctypes.data,
+            ranks.ctypes.data,
+            adam_steps.ctypes.data,
+            ctypes.byref(report),
+            stream,
+        )
+        counters = {entry[0]: getattr(report, entry[0]) for entry in report._fields_[1:]}
+        counters |= {name: bool(counters[name]) for name in ("has_pattern", "is_final")}
+        by_adapter = np.split(pattern, np.cumsum(self.ranks)[:-1])
+        return Standing(by_adapter, ranks.tolist(), adam_steps.tolist(), **counters)
+
+    def digest(self, *, stream: int | None = None) -> int:
+        """A hash of what every process must agree on: pattern, whether it is final, last step."""
+        handle, digest = self.handle, ctypes.c_uint64()
+        self.library.adalora_allocator_digest(handle.pointer, ctypes.byref(digest), stream)
+        return digest.value
+
+    def set_pattern(
+        self, pattern: np.ndarray | Sequence[Any], *, final: bool = False, stream: int | None = None
+    ) -> None:
+        """Set which triplets are kept: from another process, or from a checkpoint. E of the others becomes 0.
+
+        Args:
+            pattern: flags for all triplets in one array of uint8 or bool, or one sequence of flags for each adapter.
+            final: whether the pattern is final from now on; a later mask may otherwise choose anew.
+            stream: CUDA stream.
+
+        """
+        handle = self.handle
+        if not isinstance(pattern, np.ndarray):
+            if [len(flags) for flags in pattern] != self.ranks:
+                raise InvalidArgumentError(
+                    f"pattern: expected {self.ranks} flags by adapter, found {[len(flags) for flags in pattern]}"
+                )
+            pattern = np.array([bool(flag) for flags in pattern for flag in flags], np.bool_)
+        self.library.adalora_allocator_set_pattern(
+            handle.pointer, as_flags(pattern, "pattern", size=self.total_rank), final, stream
+        )
+
+    def save_state(self, *, stream: int | None = None) -> bytes:
+        """Pattern, clocks and counters as bytes. With `Training.named_arrays`, a resumed run goes on bit for bit."""
+        handle, size = self.handle, ctypes.c_size_t()
+        self.library.adalora_allocator_save_state_sync(handle.pointer, None, ctypes.byref(size), stream)
+        data = ctypes.create_string_buffer(size.value)
+        self.library.adalora_allocator_save_state_sync(handle.pointer, data, ctypes.byref(size), stream)
+        return data.raw[: size.value]
+
+    def load_state(self, data: bytes, *, stream: int | None = None) -> None:
+        """Read what `save_state` wrote into the bound state; damaged bytes are refused."""
+        handle = self.handle
+        self.library.adalora_allocator_load_state_sync(handle.pointer, data, len(data), stream)
+
+
+def _one(value: Any, dtype: type) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else np.array([value], dtype)
+
+
+def _values(step: int | StepValues) -> StepValues:
+    return step if isinstance(step, StepValues) else StepValues(step)

@@ -1,0 +1,262 @@
+"""Arrays by pointer: what the library reads and writes is the caller's own memory, never a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _bindings as c
+from .errors import InvalidArgumentError
+
+try:
+    import ml_dtypes
+except ImportError:
+    _BFLOAT16: np.dtype | None = None
+else:
+    _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+# Where the library wants more than the element's own alignment (workspace and state), it wants this.
+ALIGNMENT = 64
+
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = c.ADALORA_FLOAT32, c.ADALORA_FLOAT64, c.ADALORA_BFLOAT16, c.ADALORA_FLOAT16
+NAMES = {FLOAT32: "float32", FLOAT64: "float64", BFLOAT16: "bfloat16", FLOAT16: "float16"}
+_CODES: dict[Any, int] = {np.dtype(np.float32): FLOAT32, np.dtype(np.float64): FLOAT64, np.dtype(np.float16): FLOAT16}
+if _BFLOAT16 is not None:
+    _CODES[_BFLOAT16] = BFLOAT16
+_ITEMSIZES = {FLOAT32: 4, FLOAT64: 8, BFLOAT16: 2, FLOAT16: 2}
+
+
+class BFloat16:
+    """Marks an array of uint16 as one of bfloat16, for where the package `ml_dtypes` is not at hand.
+
+    `bits` is the array itself: element by element the upper half of a float32.
+    """
+
+    __slots__ = ("bits",)
+
+    def __init__(self, bits: np.ndarray) -> None:
+        if not isinstance(bits, np.ndarray) or bits.dtype != np.uint16:
+            raise InvalidArgumentError(f"bits: expected an array of uint16, found {_kind(bits)}")
+        self.bits = bits
+
+    @classmethod
+    def from_float32(cls, values: Any) -> BFloat16:
+        """A new array with the nearest bfloat16 of each value, ties to even."""
+        words = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+        rounded = (words + (0x7FFF + (words >> 16 & 1))) >> 16
+        # A NaN keeps its sign and upper bits, and stays a NaN.
+        bits = np.where(words & 0x7FFFFFFF > 0x7F800000, words >> 16 | 0x40, rounded)
+        return cls(bits.astype(np.uint16).reshape(np.shape(values)))
+
+    def to_float32(self) -> np.ndarray:
+        """A new array with the same values in float32."""
+        return (self.bits.astype(np.uint32) << 16).view(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.bits.shape
+
+    def __repr__(self) -> str:
+        return f"BFloat16({self.to_float32()!r})"
+
+
+Array = np.ndarray | BFloat16
+
+
+class Triplets(NamedTuple):
+    """The triplets of one adapter, or what belongs to them element by element: gradients, moments, averages."""
+
+    A: Array
+    """Right vectors, [rank, in_features]."""
+    E: Array
+    """Values, [rank] (PEFT's [rank, 1] is taken too)."""
+    B: Array
+    """Left vectors, [out_features, rank]."""
+
+
+class View(NamedTuple):
+    """Where an array lies and what it holds, whatever framework it comes from."""
+
+    address: int
+    shape: tuple[int, ...]
+    # From one element to the next along each dimension, in bytes.
+    strides: tuple[int, ...]
+    itemsize: int
+    # One of the codes of the C interface, or None for a type that it does not compute with.
+    dtype: int | None
+    writable: bool
+    # What to call the element type in a message.
+    kind: str
+
+
+def view(array: Any, name: str) -> View:
+    """Look at an array-like: the one place that knows which kinds of arrays there are."""
+    bits = array.bits if isinstance(array, BFloat16) else array
+    if not isinstance(bits, np.ndarray):
+        raise InvalidArgumentError(
+            f"{name}: expected a numpy array, found {_kind(array)}, which would have to be copied; "
+            "the library works on the caller's own memory"
+        )
+    dtype = BFLOAT16 if isinstance(array, BFloat16) else _CODES.get(bits.dtype)
+    return View(bits.ctypes.data, bits.shape, bits.strides, bits.itemsize, dtype, bits.flags.writeable, _kind(array))
+
+
+def as_matrix(
+    array: Any, name: str, *, shape: tuple[int, ...], dtypes: Sequence[int], writable: bool = False
+) -> c.adalora_matrix_t:
+    """The C descriptor of an array: `shape` and one of `dtypes` are expected, row-major, rows at any distance.
+
+    For a vector, `shape` has one element, and n x 1 and 1 x n are as good.
+    """
+    v = view(array, name)
+    _check_dtype(v, name, dtypes)
+    if v.shape != shape and not (len(shape) == 1 and v.shape in ((*shape, 1), (1, *shape))):
+        raise InvalidArgumentError(f"{name}: expected shape {_words(shape)}, found {_words(v.shape)}")
+    _check_writable(v, name, writable)
+    rows, columns = (1, *v.shape)[-2:]
+    row_bytes, element_bytes = (0, *v.strides)[-2:]
+    if rows == 0 or columns == 0:
+        return c.adalora_matrix_t(None, rows, columns, 0, v.dtype, 0)
+    # NumPy leaves the stride of a dimension with one element undefined.
+    if columns > 1 and element_bytes != v.itemsize:
+        raise InvalidArgumentError(
+            f"{name}: expected a row-major array, found {element_bytes} bytes from one element of a row to the next "
+            f"instead of {v.itemsize}"
+        )
+    stride = row_bytes // v.itemsize if rows > 1 else 0
+    if rows > 1 and (row_bytes % v.itemsize or stride < columns):
+        raise InvalidArgumentError(
+            f"{name}: expected a row-major array, found {row_bytes} bytes from one row to the next "
+            f"where a row has {columns * v.itemsize}"
+        )
+    _check_alignment(v, name)
+    return c.adalora_matrix_t(v.address, rows, columns, stride, v.dtype, 0)
+
+
+def as_buffer(
+    array: Any, name: str, *, shape: tuple[int, ...], dtypes: Sequence[int], writable: bool = True
+) -> tuple[int, int]:
+    """Address and element type of an array without gaps, of any shape with as many elements as `shape`."""
+    v = view(array, name)
+    _check_dtype(v, name, dtypes)
+    return _gapless(array, v, name, shape, writable), v.dtype  # type: ignore[return-value]
+
+
+def as_values(array: Any, name: str, *, dtype: type, size: int, writable: bool = False) -> int:
+    """Address of an array of `size` plain numbers (counters, flags, sums) without gaps."""
+    v = view(array, name)
+    expected = np.dtype(dtype)
+    if isinstance(array, BFloat16) or array.dtype != expected:
+        raise InvalidArgumentError(f"{name}: expected an array of {expected.name}, found {v.kind}")
+    return _gapless(array, v, name, (size,), writable)
+
+
+def as_flags(array: Any, name: str, *, size: int, writable: bool = False) -> int:
+    """Address of an array of `size` yes-or-no bytes: uint8 or bool."""
+    is_bool = isinstance(array, np.ndarray) and array.dtype == np.bool_
+    return as_values(array, name, dtype=np.bool_ if is_bool else np.uint8, size=size, writable=writable)
+
+
+def aligned_bytes(size: int) -> np.ndarray:
+    """`size` zero bytes that begin at a multiple of 64, as workspace and state have to."""
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT
+    return raw[begin : begin + size]
+
+
+def as_aligned(array: Any, name: str, size: int) -> int | None:
+    """Address of an array of at least `size` bytes that begins at a multiple of 64; None for no bytes."""
+    v = view(array, name)
+    if isinstance(array, BFloat16) or array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous:
+        raise InvalidArgumentError(f"{name}: expected a vector of uint8 without gaps, found {v.kind}")
+    if len(array) < size:
+        raise InvalidArgumentError(f"{name}: expected at least {size} bytes, found {len(array)}")
+    _check_writable(v, name, True)
+    if len(array) == 0:
+        return None
+    if v.address % ALIGNMENT:
+        raise InvalidArgumentError(f"{name}: expected an address that {ALIGNMENT} divides, found {v.address:#x}")
+    return v.address
+
+
+def dtype_code(dtype: Any, name: str = "dtype") -> int:
+    """The code of an element type that is given as a name, such as "bfloat16", or as NumPy has it."""
+    if isinstance(dtype, str):
+        for code, text in NAMES.items():
+            if dtype == text:
+                return code
+    try:
+        return _CODES[np.dtype(dtype)]
+    except (KeyError, TypeError):
+        expected = ", ".join(NAMES.values())
+        raise InvalidArgumentError(f"{name}: expected one of {expected}, found {dtype!r}") from None
+
+
+def compute_dtype(code: int) -> int:
+    """The type that sums, saved activations and optimiser state have for parameters of this one."""
+    return FLOAT64 if code == FLOAT64 else FLOAT32
+
+
+def zeros(shape: tuple[int, ...], code: int) -> Array:
+    """A new array of zeros; of bfloat16 as `ml_dtypes` has it where that is installed, else marked by `BFloat16`."""
+    if code == BFLOAT16:
+        return BFloat16(np.zeros(shape, np.uint16)) if _BFLOAT16 is None else np.zeros(shape, _BFLOAT16)
+    return np.zeros(shape, NAMES[code])
+
+
+def size_of(array: Array) -> int:
+    """Number of elements."""
+    return int(np.prod(array.shape))
+
+
+def named(prefix: str, triplets: Sequence[Triplets]) -> Iterator[tuple[str, Array]]:
+    """The arrays of a list of triplets with names such as `prefix/0/A`."""
+    for k, group in enumerate(triplets):
+        for matrix, array in group._asdict().items():
+            yield f"{prefix}/{k}/{matrix}", array
+
+
+def _gapless(array: Any, v: View, name: str, shape: tuple[int, ...], writable: bool) -> int:
+    bits = array.bits if isinstance(array, BFloat16) else array
+    expected = int(np.prod(shape))
+    if bits.size != expected:
+        raise InvalidArgumentError(f"{name}: expected shape {_words(shape)}, found {_words(v.shape)}")
+    if not bits.flags.c_contiguous:
+        raise InvalidArgumentError(
+            f"{name}: expected a row-major array without gaps, found strides {v.strides} in bytes"
+        )
+    _check_writable(v, name, writable)
+    _check_alignment(v, name)
+    return v.address
+
+
+def _check_dtype(v: View, name: str, dtypes: Sequence[int]) -> None:
+    if v.dtype not in dtypes:
+        expected = " or ".join(NAMES[code] for code in dict.fromkeys(dtypes))
+        hint = "; mark bits of bfloat16 as BFloat16(array)" if v.kind == "uint16" and BFLOAT16 in dtypes else ""
+        raise InvalidArgumentError(f"{name}: expected an array of {expected}, found {v.kind}{hint}")
+
+
+def _check_writable(v: View, name: str, writable: bool) -> None:
+    if writable and not v.writable:
+        raise InvalidArgumentError(f"{name}: expected an array that may be written to, found a read-only one")
+
+
+def _check_alignment(v: View, name: str) -> None:
+    if v.address % v.itemsize:
+        raise InvalidArgumentError(f"{name}: expected an address that {v.itemsize} divides, found {v.address:#x}")
+
+
+def _kind(thing: Any) -> str:
+    if isinstance(thing, BFloat16):
+        return "bfloat16"
+    if isinstance(thing, np.ndarray):
+        return thing.dtype.name if thing.dtype.isnative else f"{thing.dtype.name} in foreign byte order"
+    return type(thing).__name__
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

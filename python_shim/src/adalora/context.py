@@ -1,0 +1,118 @@
+"""A backend with its device and threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import _bindings as c
+from ._handle import Handle, NativeObject
+from ._library import Library, load
+from .arrays import as_values
+from .errors import InvalidArgumentError
+
+_BACKENDS = {"cpu": c.ADALORA_BACKEND_CPU, "cuda": c.ADALORA_BACKEND_CUDA}
+
+
+class Context(NativeObject):
+    """What computes. Adapters and allocators are made from it, and go on working after it is closed.
+
+    >>> with adalora.Context(threads=4) as context:
+    ...     adapter = adalora.Adapter(context, in_features=768, out_features=768, init_r=12)
+
+    Args:
+        backend: "cpu" or "cuda".
+        device: number of the CUDA device.
+        threads: how many threads compute, the calling one included; 0: as many as the process may run on.
+        parallel: run on threads of the caller's instead of an own pool: a C function in the shape of `GOMP_parallel`,
+            as a ctypes function (`ctypes.CDLL("libgomp.so.1").GOMP_parallel`) or its address.
+        log: receives messages as `log(level, text)`, from any thread that is inside a call. It must not call the
+            library.
+        cublas_handle: address of a `cublasHandle_t` to borrow.
+        library_folder: where to look for CUDA's libraries first.
+        library: the native library, or its file; None: see `adalora.load`.
+
+    """
+
+    def __init__(
+        self,
+        backend: str = "cpu",
+        *,
+        device: int = 0,
+        threads: int = 0,
+        parallel: Any = None,
+        log: Callable[[int, str], None] | None = None,
+        cublas_handle: int | None = None,
+        library_folder: str | os.PathLike[str] | None = None,
+        library: Library | str | os.PathLike[str] | None = None,
+    ) -> None:
+        if backend not in _BACKENDS:
+            raise InvalidArgumentError(f"backend: expected one of {', '.join(_BACKENDS)}, found {backend!r}")
+        self.backend = backend
+        self.library = library if isinstance(library, Library) else load(library)
+        desc = c.adalora_context_desc_t(ctypes.sizeof(c.adalora_context_desc_t), _BACKENDS[backend])
+        desc.device = device
+        desc.threads = threads
+        desc.cublas_handle = cublas_handle
+        desc.library_folder = os.fsencode(library_folder) if library_folder is not None else None
+        if parallel is not None:
+            desc.parallel = _parallel_function(parallel)
+        if log is not None:
+            desc.log = c.adalora_log_fn(lambda user, level, text: log(level, text.decode()))
+        # The library may call these for as long as anything that was made from this context lives.
+        self.callbacks = (parallel, desc.parallel, desc.log)
+        pointer = ctypes.POINTER(c.adalora_context_t)()
+        self.library.adalora_context_create(ctypes.byref(desc), ctypes.byref(pointer))
+        self._handle = Handle(self.library, pointer, self.library.adalora_context_destroy, self.callbacks)
+
+    def prepare(self, stream: int | None = None) -> None:
+        """Take now what the context would otherwise take at its first computation, such as the pool's threads."""
+        handle = self.handle
+        self.library.adalora_context_prepare(handle.pointer, stream)
+
+    def describe(self) -> str:
+        """What it computes with, in words: version, backend, threads, instruction set, libraries."""
+        handle, size = self.handle, ctypes.c_size_t()
+        self.library.adalora_context_describe(handle.pointer, None, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        self.library.adalora_context_describe(handle.pointer, text, ctypes.byref(size))
+        return text.value.decode()
+
+    def gradient_factor(
+        self,
+        sum_of_squares: np.ndarray,
+        grad_factor: np.ndarray,
+        *,
+        loss_scale: np.ndarray | None = None,
+        max_norm: float = float("inf"),
+        stream: int | None = None,
+    ) -> None:
+        """Make the factor that unscales and clips gradients: `min(1, max_norm / (norm + 1e-6)) / loss_scale`.
+
+        Args:
+            sum_of_squares: one float64: the sum of the squares of all gradients, as `Allocator.gradient_norm` adds to.
+            grad_factor: one float64, receives the factor.
+            loss_scale: one float64, what the loss was multiplied by; None: 1.
+            max_norm: above 0; infinity clips nothing.
+            stream: CUDA stream.
+
+        """
+        handle = self.handle
+        self.library.adalora_context_gradient_factor(
+            handle.pointer,
+            as_values(sum_of_squares, "sum_of_squares", dtype=np.float64, size=1),
+            None if loss_scale is None else as_values(loss_scale, "loss_scale", dtype=np.float64, size=1),
+            max_norm,
+            as_values(grad_factor, "grad_factor", dtype=np.float64, size=1, writable=True),
+            stream,
+        )
+
+
+def _parallel_function(parallel: Any) -> Any:
+    if isinstance(parallel, int):
+        return c.adalora_parallel_fn(parallel)
+    return ctypes.cast(parallel, c.adalora_parallel_fn)
