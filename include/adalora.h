@@ -59,7 +59,8 @@
 // A defect of the library: the text says where. Please report it.
 #define ADALORA_ERROR_INTERNAL 9
 
-// Version of the interface that this header describes. It changes where a caller compiled against an older header would break.
+// Version of the interface that this header describes. It changes where a caller compiled against an older header
+// would break.
 #define ADALORA_ABI_VERSION 1
 
 // IEEE 754 binary32.
@@ -110,11 +111,12 @@
 // Log level: what was chosen, once per object.
 #define ADALORA_LOG_INFO 2
 
-// The geometry of one layer's adapter; holds no pointer of the caller's. May be used from any thread, by several at once.
+// The geometry of one layer's adapter; holds no pointer of the caller's. May be used from any thread, by several at
+// once.
 typedef struct adalora_adapter_t adalora_adapter_t;
 
-// Rank allocator over the adapters of a model: schedule, importance, selection, and with them the optimiser. May be used from any
-// thread; a call whose parameter is not const runs alone on the object.
+// Rank allocator over the adapters of a model: schedule, importance, selection, and with them the optimiser. May be
+// used from any thread; a call whose parameter is not const runs alone on the object.
 typedef struct adalora_allocator_t adalora_allocator_t;
 
 // A backend, its device and threads. May be used from any thread.
@@ -123,7 +125,8 @@ typedef struct adalora_context_t adalora_context_t;
 // Outcome of a call: `ADALORA_SUCCESS` or one of the `ADALORA_ERROR_*` numbers. Numbers are never reused.
 typedef int32_t adalora_status_t;
 
-// Element type: one of `ADALORA_FLOAT32`, `ADALORA_FLOAT64`, `ADALORA_BFLOAT16`, `ADALORA_FLOAT16`. 0 is invalid unless a field says otherwise.
+// Element type: one of `ADALORA_FLOAT32`, `ADALORA_FLOAT64`, `ADALORA_BFLOAT16`, `ADALORA_FLOAT16`. 0 is invalid
+// unless a field says otherwise.
 typedef int32_t adalora_dtype_t;
 
 // The geometry of one layer's adapter.
@@ -142,10 +145,11 @@ typedef struct adalora_adapter_desc_t {
   double dropout;
   // Element type of A, E and B as the forward pass reads them.
   adalora_dtype_t param_dtype;
-  // Element type of x, y, dx and dy. `ADALORA_FLOAT64` goes with `ADALORA_FLOAT64` alone; the other three go with each other.
+  // Element type of x, y, dx and dy. `ADALORA_FLOAT64` goes with `ADALORA_FLOAT64` alone; the other three go with
+  // each other.
   adalora_dtype_t activation_dtype;
-  // How many half-precision terms, 1 to 3, stand for a float32 A or B where a backend multiplies in half precision; 0: 2. The
-  // CPU backend multiplies in float32 and rounds neither factor, whatever this says.
+  // How many half-precision terms, 1 to 3, stand for a float32 A or B where a backend multiplies in half precision;
+  // 0: 2. The CPU backend multiplies in float32 and rounds neither factor, whatever this says.
   int32_t operand_terms;
   // Must be 0.
   int32_t reserved;
@@ -161,8 +165,9 @@ typedef struct adalora_adapter_desc_t {
 
 // A row-major matrix in the caller's memory: element (i, j) stands at `data + (i * row_stride + j) * sizeof(element)`.
 //
-// `row_stride` counts elements; 0 means `columns`, and anything else must be at least `columns`. `data` is aligned to its element, and may be
-// NULL where `rows` or `columns` is 0. A *vector* of n elements may be given as 1 x n or as n x 1.
+// `row_stride` counts elements; 0 means `columns`, and anything else must be at least `columns`. `data` is aligned to
+// its element, and may be NULL where `rows` or `columns` is 0. A *vector* of n elements may be given as 1 x n or as n
+// x 1.
 //
 // A value, not a descriptor: it never grows.
 typedef struct adalora_matrix_t {
@@ -194,10 +199,11 @@ typedef struct adalora_triplets_t {
 
 // Where the dropout mask of one call stands. Read only if the adapter's dropout is above 0. A value: it never grows.
 //
-// The mask of element (t, c) of x is a pure function of (`*seed`, `*offset`, `token0` + t, in_begin + c), so that backward makes
-// the same one, and every backend too: Philox4x32-10 with key (low, high word of seed) on the counter (column / 4, token, low, high
-// word of offset) gives the words of four neighbouring columns; the element is dropped where its word is below `dropout * 2^32`
-// (rounded to the nearest integer), and otherwise multiplied by `1 / (1 - dropout)`. No call advances seed or offset.
+// The mask of element (t, c) of x is a pure function of (`*seed`, `*offset`, `token0` + t, in_begin + c), so that
+// backward makes the same one, and every backend too: Philox4x32-10 with key (low, high word of seed) on the counter
+// (column / 4, token, low, high word of offset) gives the words of four neighbouring columns; the element is dropped
+// where its word is below `dropout * 2^32` (rounded to the nearest integer), and otherwise multiplied by `1 / (1 -
+// dropout)`. No call advances seed or offset.
 typedef struct adalora_dropout_t {
   // One value in the memory of the context's backend.
   const uint64_t *seed;
@@ -215,7 +221,8 @@ typedef struct adalora_call_t {
   const struct adalora_adapter_t *adapter;
   // Parameters, of the adapter's `param_dtype`.
   struct adalora_triplets_t params;
-  // Backward: gradients, each of `param_dtype` or of the compute type (float64 for float64, else float32). Forward: not read.
+  // Backward: gradients, each of `param_dtype` or of the compute type (float64 for float64, else float32). Forward:
+  // not read.
   struct adalora_triplets_t grads;
   // Multiplier of the adapter's output; 0: the adapter's own, `(alpha > 0 ? alpha : rank) / (rank + 1e-5)`.
   double scaling;
@@ -223,13 +230,14 @@ typedef struct adalora_call_t {
   struct adalora_matrix_t y;
   // Backward: [tokens, out_local], the gradient for y. Forward: not read.
   struct adalora_matrix_t dy;
-  // `h = x A^T`, [tokens, rank] without gaps, of the compute type. The forward pass writes it, backward reads it. NULL where both stages
-  // run in one call: then forward keeps nothing, and backward computes it again.
+  // `h = x A^T`, [tokens, rank] without gaps, of the compute type. The forward pass writes it, backward reads it.
+  // NULL where both stages run in one call: then forward keeps nothing, and backward computes it again.
   void *h;
-  // `g = scaling dy B`, likewise: written by backward's first stage, read by its second. NULL where both run in one call.
+  // `g = scaling dy B`, likewise: written by backward's first stage, read by its second. NULL where both run in one
+  // call.
   void *g;
-  // [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost nothing and receive no
-  // gradient (0 where gradients are overwritten). NULL: all are computed.
+  // [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost
+  // nothing and receive no gradient (0 where gradients are overwritten). NULL: all are computed.
   const uint8_t *pattern;
   // Dropout's seed and place.
   struct adalora_dropout_t dropout;
@@ -241,9 +249,11 @@ typedef struct adalora_allocator_desc_t {
   size_t struct_size;
   // Number of adapters, at least 1.
   int64_t n_adapters;
-  // All adapters of the model, over all processes, in an order that every process shares. Adapters may be destroyed before the allocator.
+  // All adapters of the model, over all processes, in an order that every process shares. Adapters may be destroyed
+  // before the allocator.
   const struct adalora_adapter_t *const *adapters;
-  // Mean rank per adapter at the end (PEFT's `target_r`): the target budget is `target_rank * n_adapters` triplets, or their cost.
+  // Mean rank per adapter at the end (PEFT's `target_r`): the target budget is `target_rank * n_adapters` triplets,
+  // or their cost.
   int64_t target_rank;
   // Steps before the budget begins to fall. `tinit < total_step - tfinal`.
   int64_t tinit;
@@ -259,14 +269,16 @@ typedef struct adalora_allocator_desc_t {
   double beta2;
   // `ADALORA_BUDGET_TRIPLETS` (also 0) or `ADALORA_BUDGET_PARAMETERS`.
   int32_t budget_unit;
-  // 0: this process owns every element, and `adalora_allocator_bind` says which one is missing. 1: it may own a part.
+  // 0: this process owns every element, and `adalora_allocator_bind` says which one is missing. 1: it may own a
+  // part.
   int32_t sharded;
 } adalora_allocator_desc_t;
 
 // A range of elements of one adapter's A, E or B that this process owns, and everything that belongs to them.
 //
-// Elements are numbered in row-major order over the *whole* matrix ([rank, in_features], [rank] or [out_features, rank]); each pointer addresses
-// element `begin`, and the `end - begin` elements lie without gaps. The state type is float64 for float64 parameters, else float32.
+// Elements are numbered in row-major order over the *whole* matrix ([rank, in_features], [rank] or [out_features,
+// rank]); each pointer addresses element `begin`, and the `end - begin` elements lie without gaps. The state type is
+// float64 for float64 parameters, else float32.
 typedef struct adalora_slice_t {
   // `sizeof(adalora_slice_t)`.
   size_t struct_size;
@@ -280,11 +292,13 @@ typedef struct adalora_slice_t {
   int32_t matrix;
   // Which element of the table of hyperparameters serves it.
   int32_t hyper;
-  // Element type of `p`: the adapter's `param_dtype` (also 0 where `p_low` is NULL), or float32 where it is the master of `p_low` (also 0 there).
+  // Element type of `p`: the adapter's `param_dtype` (also 0 where `p_low` is NULL), or float32 where it is the
+  // master of `p_low` (also 0 there).
   adalora_dtype_t p_dtype;
   // Element type of `g`: `param_dtype` (also 0) or the state type.
   adalora_dtype_t g_dtype;
-  // 1: another process owns these elements too and counts them in scores, Gram matrices and the gradient norm; here they are updated alone. Else 0.
+  // 1: another process owns these elements too and counts them in scores, Gram matrices and the gradient norm; here
+  // they are updated alone. Else 0.
   int32_t replica;
   // Must be 0.
   int32_t reserved;
@@ -320,8 +334,8 @@ typedef struct adalora_hyper_t {
   double eps;
 } adalora_hyper_t;
 
-// What changes from step to step: values in the memory of the context's backend, read when the work runs, so that a captured
-// graph sees new ones at each replay.
+// What changes from step to step: values in the memory of the context's backend, read when the work runs, so that a
+// captured graph sees new ones at each replay.
 typedef struct adalora_step_t {
   // `sizeof(adalora_step_t)`.
   size_t struct_size;
@@ -329,8 +343,9 @@ typedef struct adalora_step_t {
   const int64_t *step;
   // Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
   const double *grad_factor;
-  // Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing this step. NULL: the library looks
-  // itself, at the cost of one more reading of the gradients; a sharded allocator needs it.
+  // Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing
+  // this step. NULL: the library looks itself, at the cost of one more reading of the gradients; a sharded allocator
+  // needs it.
   const float *found_inf;
   // [n_adapters], 0 where the adapter has no gradient this step; NULL: all have one.
   const uint8_t *has_grad;
@@ -365,8 +380,8 @@ typedef struct adalora_report_t {
 // is 0. Fewer threads, down to the calling one alone, change the speed and not the results.
 typedef void (*adalora_parallel_fn)(void (*body)(void *data), void *data, uint32_t threads, uint32_t flags);
 
-// Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called from any thread
-// that is inside a call of the library, and must not call the library.
+// Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called
+// from any thread that is inside a call of the library, and must not call the library.
 typedef void (*adalora_log_fn)(void *user, int32_t level, const char *text);
 
 // What a context is made of.
@@ -412,7 +427,8 @@ void adalora_adapter_destroy(struct adalora_adapter_t *adapter);
 
 // Writes the initial triplets, PEFT's `reset_lora_parameters`: A and B normal with deviation 0.02, E zero.
 //
-// Each element is a function of the seed and of its place in the whole layer, so that tensor-parallel shares fit together.
+// Each element is a function of the seed and of its place in the whole layer, so that tensor-parallel shares fit
+// together.
 //
 // @param params Receives them; of `param_dtype`, or float32 for a master copy of half-precision parameters.
 adalora_status_t adalora_adapter_initialize(const struct adalora_adapter_t *adapter,
@@ -438,9 +454,10 @@ adalora_status_t adalora_adapter_delta_weight(const struct adalora_adapter_t *ad
 // Adds the delta weight to a base weight: PEFT's `merge`.
 //
 // @param w The base weight, in either layout, of any element type.
-// @param backup As w: receives the base as it was, so that `adalora_adapter_unmerge` restores it exactly. NULL: none is kept.
-// @param non_finite One value, set to 1 where a merged element is not finite, else left alone (PEFT's `safe_merge`; w is written all
-// the same, and the backup brings it back); NULL: not looked for.
+// @param backup As w: receives the base as it was, so that `adalora_adapter_unmerge` restores it exactly. NULL: none
+// is kept.
+// @param non_finite One value, set to 1 where a merged element is not finite, else left alone (PEFT's `safe_merge`; w
+// is written all the same, and the backup brings it back); NULL: not looked for.
 //
 // The other parameters are as in `adalora_adapter_delta_weight`.
 adalora_status_t adalora_adapter_merge(const struct adalora_adapter_t *adapter,
@@ -454,8 +471,8 @@ adalora_status_t adalora_adapter_merge(const struct adalora_adapter_t *adapter,
 
 // Takes the delta weight out of a base weight again: PEFT's `unmerge`.
 //
-// @param backup What `adalora_adapter_merge` kept: w becomes its copy, bit for bit, and `params` may be NULL. NULL: the delta weight is
-// subtracted, which leaves a rounding error where w has few bits.
+// @param backup What `adalora_adapter_merge` kept: w becomes its copy, bit for bit, and `params` may be NULL. NULL:
+// the delta weight is subtracted, which leaves a rounding error where w has few bits.
 //
 // The other parameters are as in `adalora_adapter_delta_weight`.
 adalora_status_t adalora_adapter_unmerge(const struct adalora_adapter_t *adapter,
@@ -473,7 +490,8 @@ adalora_status_t adalora_adapter_unmerge(const struct adalora_adapter_t *adapter
 // @param n Elements of `calls`, 1 to 64.
 // @param tokens Rows of x.
 // @param saved Receives n values: bytes of `h`, and of `g`, of each adapter; NULL: not asked for.
-// @param workspace Receives the bytes of workspace that serve `adalora_adapter_forward` and `adalora_adapter_backward`.
+// @param workspace Receives the bytes of workspace that serve `adalora_adapter_forward` and
+// `adalora_adapter_backward`.
 adalora_status_t adalora_adapter_sizes(const struct adalora_call_t *calls,
                                        size_t stride,
                                        int64_t n,
@@ -483,17 +501,21 @@ adalora_status_t adalora_adapter_sizes(const struct adalora_call_t *calls,
 
 // Forward: `y += scaling * ((x A^T) * E) B^T` for every adapter of the call; x is read once for all of them.
 //
-// With dropout, x stands for the masked and scaled input throughout. Triplets whose E is 0 add nothing to y, even where h is not finite.
+// With dropout, x stands for the masked and scaled input throughout. Triplets whose E is 0 add nothing to y, even
+// where h is not finite.
 //
-// @param calls n descriptors, `stride` bytes apart: `adapter`, `params`, `y`, `h`, and where wanted `scaling`, `pattern`, `dropout`.
-// @param stages `ADALORA_STAGE_BOTH`; or `ADALORA_STAGE_PROJECT` (writes h; y is not read), then, once tensor-parallel processes have summed their h,
-// `ADALORA_STAGE_EXPAND` (reads h; x may be NULL).
+// @param calls n descriptors, `stride` bytes apart: `adapter`, `params`, `y`, `h`, and where wanted `scaling`,
+// `pattern`, `dropout`.
+// @param stages `ADALORA_STAGE_BOTH`; or `ADALORA_STAGE_PROJECT` (writes h; y is not read), then, once tensor-parallel
+// processes have summed their h, `ADALORA_STAGE_EXPAND` (reads h; x may be NULL).
 // @param x [tokens, in_local], of `activation_dtype`.
 // @param workspace Memory of the backend, at least as large as `adalora_adapter_sizes` says, aligned to 64 bytes.
 // @param bytes Its size.
-// @return `ADALORA_ERROR_INVALID_ARGUMENT`, before anything is computed, for a wrong shape, type, alignment, overlap or size.
+// @return `ADALORA_ERROR_INVALID_ARGUMENT`, before anything is computed, for a wrong shape, type, alignment, overlap
+// or size.
 //
-// Outputs (y, h) and workspace must not overlap each other or anything that is read; columns of one larger matrix do not overlap.
+// Outputs (y, h) and workspace must not overlap each other or anything that is read; columns of one larger matrix do
+// not overlap.
 adalora_status_t adalora_adapter_forward(const struct adalora_call_t *calls,
                                          size_t stride,
                                          int64_t n,
@@ -506,16 +528,18 @@ adalora_status_t adalora_adapter_forward(const struct adalora_call_t *calls,
 // Backward, for every adapter of the call: `g = scaling * dy B`; `dA += diag(E) g^T x`; `dE += colsum(g * h)`;
 // `dB += scaling * dy^T (h * E)`; `dx += sum over adapters of (g * E) A`.
 //
-// @param calls n descriptors, `stride` bytes apart: `adapter`, `params`, `grads`, `dy`, `h`, and where wanted `g`, `scaling`, `pattern`, `dropout`, the last three as forward had
-// them. `y` is not read.
-// @param stages `ADALORA_STAGE_BOTH`; or `ADALORA_STAGE_PROJECT` (reads dy and h, writes g and dB), then, once tensor-parallel processes have summed their g,
-// `ADALORA_STAGE_EXPAND` (reads x, g and h, writes dA, dE and dx; dy may be left out).
+// @param calls n descriptors, `stride` bytes apart: `adapter`, `params`, `grads`, `dy`, `h`, and where wanted `g`,
+// `scaling`, `pattern`, `dropout`, the last three as forward had them. `y` is not read.
+// @param stages `ADALORA_STAGE_BOTH`; or `ADALORA_STAGE_PROJECT` (reads dy and h, writes g and dB), then, once
+// tensor-parallel processes have summed their g, `ADALORA_STAGE_EXPAND` (reads x, g and h, writes dA, dE and dx; dy
+// may be left out).
 // @param accumulate 1: gradients are added to. 0: they are overwritten, with zeros where there is no token.
 // @param x [tokens, in_local], as forward had it. May be NULL in `ADALORA_STAGE_PROJECT`.
 // @param dx [tokens, in_local], added to; NULL: not wanted.
 // @param workspace As in `adalora_adapter_forward`.
 //
-// The same bits for any number of threads. Outputs (grads, g, dx) and workspace must not overlap each other or anything that is read.
+// The same bits for any number of threads. Outputs (grads, g, dx) and workspace must not overlap each other or
+// anything that is read.
 adalora_status_t adalora_adapter_backward(const struct adalora_call_t *calls,
                                           size_t stride,
                                           int64_t n,
@@ -532,7 +556,8 @@ adalora_status_t adalora_adapter_backward(const struct adalora_call_t *calls,
 // @param context May be destroyed before the allocator.
 // @param desc Adapters in order, schedule, smoothing.
 // @param allocator Receives the handle; written on success alone. Destroy it by `adalora_allocator_destroy`.
-// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a schedule or smoothing that makes no sense, with the field, what it held and what it may hold.
+// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a schedule or smoothing that makes no sense, with the field, what it
+// held and what it may hold.
 adalora_status_t adalora_allocator_create(struct adalora_context_t *context,
                                           const struct adalora_allocator_desc_t *desc,
                                           struct adalora_allocator_t **allocator);
@@ -545,7 +570,8 @@ void adalora_allocator_destroy(struct adalora_allocator_t *allocator);
 // @param n_slices How many slices will be bound.
 // @param state Receives the bytes of the state: pattern, Adam's clocks, counters.
 // @param workspace Receives the bytes of the workspace, whose contents need not be kept between calls.
-// @param gram Receives the bytes of the Gram matrices: for each adapter in order `A A^T`, then `B^T B`, [rank, rank] each, float64, without gaps.
+// @param gram Receives the bytes of the Gram matrices: for each adapter in order `A A^T`, then `B^T B`, [rank, rank]
+// each, float64, without gaps.
 //
 // Each may be NULL.
 adalora_status_t adalora_allocator_sizes(const struct adalora_allocator_t *allocator,
@@ -554,13 +580,15 @@ adalora_status_t adalora_allocator_sizes(const struct adalora_allocator_t *alloc
                                          size_t *workspace,
                                          size_t *gram);
 
-// Tells the allocator where everything lies. The one call that keeps the caller's addresses: they stay in use until the next bind or the
-// allocator's end, and the descriptors themselves are copied. May allocate and synchronise. To be repeated when a buffer moves.
+// Tells the allocator where everything lies. The one call that keeps the caller's addresses: they stay in use until
+// the next bind or the allocator's end, and the descriptors themselves are copied. May allocate and synchronise. To be
+// repeated when a buffer moves.
 //
-// @param state `adalora_allocator_sizes` bytes, aligned to 64. Zeros are a fresh run; otherwise what an earlier bind left there, which
-// goes on (also in a copy at another address). Anything else is refused.
+// @param state `adalora_allocator_sizes` bytes, aligned to 64. Zeros are a fresh run; otherwise what an earlier bind
+// left there, which goes on (also in a copy at another address). Anything else is refused.
 // @param workspace Likewise sized and aligned; any contents.
-// @param slices n descriptors, `stride` bytes apart. Their order does not matter. Ranges of one matrix must not overlap.
+// @param slices n descriptors, `stride` bytes apart. Their order does not matter. Ranges of one matrix must not
+// overlap.
 // @param hypers n_hyper descriptors, `hyper_stride` bytes apart; none are needed where AdamW is never asked for.
 // @return `ADALORA_ERROR_INVALID_ARGUMENT` names the slice and field; the earlier binding then stays.
 adalora_status_t adalora_allocator_bind(struct adalora_allocator_t *allocator,
@@ -576,11 +604,12 @@ adalora_status_t adalora_allocator_bind(struct adalora_allocator_t *allocator,
 
 // The budget that the schedule sets for a step, on the host; touches no buffer.
 //
-// `step <= tinit`: the initial budget. Up to `end = total_step - tfinal`: `trunc((initial - target) * pow(1 - (step - tinit) / (end - tinit), 3) + target)` in
-// float64, in this order, as PEFT computes it. Later: the target.
+// `step <= tinit`: the initial budget. Up to `end = total_step - tfinal`: `trunc((initial - target) * pow(1 - (step -
+// tinit) / (end - tinit), 3) + target)` in float64, in this order, as PEFT computes it. Later: the target.
 //
 // @param budget Receives the budget, in the allocator's unit.
-// @param masks Receives 1 where a mask falls on the step (`step % delta_t == 0` while the budget falls; every step after the end), else 0. NULL: not asked for.
+// @param masks Receives 1 where a mask falls on the step (`step % delta_t == 0` while the budget falls; every step
+// after the end), else 0. NULL: not asked for.
 adalora_status_t adalora_allocator_budget(const struct adalora_allocator_t *allocator,
                                           int64_t step,
                                           int64_t *budget,
@@ -588,15 +617,16 @@ adalora_status_t adalora_allocator_budget(const struct adalora_allocator_t *allo
 
 // Gram matrices `A A^T` and `B^T B` of every adapter, summed over the owned elements that are not replicas.
 //
-// Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and likewise for each row of B.
+// Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and likewise
+// for each row of B.
 //
-// @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that share the parameters sum it.
-adalora_status_t adalora_allocator_gram(struct adalora_allocator_t *allocator,
-                                        double *gram,
-                                        void *stream);
+// @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that share the
+// parameters sum it.
+adalora_status_t adalora_allocator_gram(struct adalora_allocator_t *allocator, double *gram, void *stream);
 
-// Orthogonal regularisation: the penalty `weight / (2 n) * (sum ||A A^T - I|| + ||B^T B - I||)` over the n adapters, Frobenius norms, and its
-// gradient times `factor` added to the gradients of A and B (paper: equation 4 without the square, as PEFT has it). A norm of 0 has gradient 0.
+// Orthogonal regularisation: the penalty `weight / (2 n) * (sum ||A A^T - I|| + ||B^T B - I||)` over the n adapters,
+// Frobenius norms, and its gradient times `factor` added to the gradients of A and B (paper: equation 4 without the
+// square, as PEFT has it). A norm of 0 has gradient 0.
 //
 // Call it once per optimiser step: after gradients are reduced over processes, before their norm is taken.
 //
@@ -613,8 +643,9 @@ adalora_status_t adalora_allocator_orthogonality(struct adalora_allocator_t *all
                                                  double *value,
                                                  void *stream);
 
-// Adds the sum of squares of all owned gradients that are not replicas, as they are (times the loss scale), to a sum that the trainer shares with its
-// other parameters, and reports what is not finite. Summed in float64, in an order that does not depend on threads.
+// Adds the sum of squares of all owned gradients that are not replicas, as they are (times the loss scale), to a sum
+// that the trainer shares with its other parameters, and reports what is not finite. Summed in float64, in an order
+// that does not depend on threads.
 //
 // @param has_grad [n_adapters], 0: that adapter's gradients are not read; NULL: all are.
 // @param sum_of_squares One value, added to.
@@ -627,52 +658,56 @@ adalora_status_t adalora_allocator_gradient_norm(struct adalora_allocator_t *all
 
 // AdamW, if asked for, and importance, in one pass over all slices.
 //
-// AdamW is PyTorch's: `p *= 1 - lr * weight_decay`; m and v from the gradient times `grad_factor`; `p -= lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)`
-// with k the number of updates that this adapter has had. Importance, while `step < total_step - tfinal` and the pattern is not final, from the
-// parameters after that and the same gradients: `s = abs(p * g)`; `exp_avg_ipt = beta1 * exp_avg_ipt + (1 - beta1) * s`;
-// `exp_avg_unc = beta2 * exp_avg_unc + (1 - beta2) * abs(s - exp_avg_ipt)`. An adapter without a gradient is left alone by AdamW, and its s is 0. A step with
-// `found_inf` changes nothing and is counted as skipped.
+// AdamW is PyTorch's: `p *= 1 - lr * weight_decay`; m and v from the gradient times `grad_factor`; `p -= lr / (1 -
+// beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)` with k the number of updates that this adapter has had.
+// Importance, while `step < total_step - tfinal` and the pattern is not final, from the parameters after that and the
+// same gradients: `s = abs(p * g)`; `exp_avg_ipt = beta1 * exp_avg_ipt + (1 - beta1) * s`; `exp_avg_unc = beta2 *
+// exp_avg_unc + (1 - beta2) * abs(s - exp_avg_ipt)`. An adapter without a gradient is left alone by AdamW, and its s
+// is 0. A step with `found_inf` changes nothing and is counted as skipped.
 //
-// @param with_adamw 1: AdamW, then importance. 0: importance alone, for trainers with an optimiser of their own, from the parameters as they stand.
-// @return `ADALORA_ERROR_INVALID_STATE` where nothing is bound, or AdamW is asked for and moments or hyperparameters are not bound.
+// @param with_adamw 1: AdamW, then importance. 0: importance alone, for trainers with an optimiser of their own, from
+// the parameters as they stand.
+// @return `ADALORA_ERROR_INVALID_STATE` where nothing is bound, or AdamW is asked for and moments or hyperparameters
+// are not bound.
 adalora_status_t adalora_allocator_update(struct adalora_allocator_t *allocator,
                                           const struct adalora_step_t *step,
                                           int32_t with_adamw,
                                           void *stream);
 
-// Scores of all triplets of the model, adapter by adapter: `s(E) + mean(s(A row)) + mean(s(B column))` with `s = exp_avg_ipt * exp_avg_unc`, in float64, from
-// the owned elements that are not replicas; always finite.
+// Scores of all triplets of the model, adapter by adapter: `s(E) + mean(s(A row)) + mean(s(B column))` with `s =
+// exp_avg_ipt * exp_avg_unc`, in float64, from the owned elements that are not replicas; always finite.
 //
 // @param scores Receives the total rank's values. Processes that share the parameters sum it.
-adalora_status_t adalora_allocator_scores(const struct adalora_allocator_t *allocator,
-                                          double *scores,
-                                          void *stream);
+adalora_status_t adalora_allocator_scores(const struct adalora_allocator_t *allocator, double *scores, void *stream);
 
-// Does what the schedule says for the step: where a mask falls on it, keeps exactly `budget` triplets (highest scores, ties by lower adapter, then
-// lower triplet; in parameters, the longest prefix of that order whose cost fits), and sets E of the others to 0. The first step at or past
-// `total_step - tfinal` takes the last mask and clears the averages; from then on the pattern is final and applied at every step.
+// Does what the schedule says for the step: where a mask falls on it, keeps exactly `budget` triplets (highest scores,
+// ties by lower adapter, then lower triplet; in parameters, the longest prefix of that order whose cost fits), and
+// sets E of the others to 0. The first step at or past `total_step - tfinal` takes the last mask and clears the
+// averages; from then on the pattern is final and applied at every step.
 //
 // @param step Only `step->step` is read. Call it once per step, also after a step with `found_inf`.
-// @param scores As `adalora_allocator_scores` wrote them, summed where sharded; NULL: computed here where they are needed.
+// @param scores As `adalora_allocator_scores` wrote them, summed where sharded; NULL: computed here where they are
+// needed.
 adalora_status_t adalora_allocator_select(struct adalora_allocator_t *allocator,
                                           const struct adalora_step_t *step,
                                           const double *scores,
                                           void *stream);
 
-// `adalora_allocator_update`, `adalora_allocator_scores` and `adalora_allocator_select` in one call, with the same bits. PEFT's `update_and_allocate`.
+// `adalora_allocator_update`, `adalora_allocator_scores` and `adalora_allocator_select` in one call, with the same
+// bits. PEFT's `update_and_allocate`.
 adalora_status_t adalora_allocator_step(struct adalora_allocator_t *allocator,
                                         const struct adalora_step_t *step,
                                         int32_t with_adamw,
                                         void *stream);
 
-// Takes the last mask now, as crossing `total_step - tfinal` would: target budget, averages cleared, pattern final. Nothing where it is final already.
+// Takes the last mask now, as crossing `total_step - tfinal` would: target budget, averages cleared, pattern final.
+// Nothing where it is final already.
 //
 // @param scores As in `adalora_allocator_select`.
-adalora_status_t adalora_allocator_finalize(struct adalora_allocator_t *allocator,
-                                            const double *scores,
-                                            void *stream);
+adalora_status_t adalora_allocator_finalize(struct adalora_allocator_t *allocator, const double *scores, void *stream);
 
-// Begins a new run: pattern, clocks, counters, averages and bound moments as at the start. Parameters stay as they are.
+// Begins a new run: pattern, clocks, counters, averages and bound moments as at the start. Parameters stay as they
+// are.
 adalora_status_t adalora_allocator_reset(struct adalora_allocator_t *allocator, void *stream);
 
 // A hash of what every process must agree on: pattern, whether it is final, last step.
@@ -697,15 +732,18 @@ adalora_status_t adalora_allocator_read_sync(const struct adalora_allocator_t *a
 
 // Sets the pattern: from another process, or from a checkpoint. E of the triplets that are not kept becomes 0.
 //
-// @param pattern The total rank's values, adapter by adapter, in the memory of the context's backend; not 0 where the triplet is kept.
-// @param is_final 1: the pattern is final from now on, and the averages are cleared. 0: a later mask may choose anew, unless it was final already.
+// @param pattern The total rank's values, adapter by adapter, in the memory of the context's backend; not 0 where the
+// triplet is kept.
+// @param is_final 1: the pattern is final from now on, and the averages are cleared. 0: a later mask may choose anew,
+// unless it was final already.
 adalora_status_t adalora_allocator_set_pattern(struct adalora_allocator_t *allocator,
                                                const uint8_t *pattern,
                                                int32_t is_final,
                                                void *stream);
 
-// Writes the allocator's state (pattern, clocks, counters) as bytes that any machine reads, into host memory. With the tensors that the caller
-// owns (parameters, moments, averages) a run resumed from them continues bit for bit. Waits for the stream.
+// Writes the allocator's state (pattern, clocks, counters) as bytes that any machine reads, into host memory. With the
+// tensors that the caller owns (parameters, moments, averages) a run resumed from them continues bit for bit. Waits
+// for the stream.
 //
 // @param bytes Receives them; NULL to ask for the size alone.
 // @param size In: the room at `bytes`. Out: the bytes needed, also where the room is too small.
@@ -718,7 +756,8 @@ adalora_status_t adalora_allocator_save_state_sync(const struct adalora_allocato
 // Reads what `adalora_allocator_save_state_sync` wrote into the bound state. Waits for the stream.
 //
 // @param bytes Host memory; not trusted: length, version, checksum and every value are checked.
-// @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state of adapters with other ranks. The state is then as it was.
+// @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state of adapters
+// with other ranks. The state is then as it was.
 adalora_status_t adalora_allocator_load_state_sync(struct adalora_allocator_t *allocator,
                                                    const void *bytes,
                                                    size_t size,
@@ -728,29 +767,28 @@ adalora_status_t adalora_allocator_load_state_sync(struct adalora_allocator_t *a
 //
 // @param desc What to make; `backend` must be named.
 // @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
-// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this library or
-// machine lacks the backend, with what was looked for.
-adalora_status_t adalora_context_create(const struct adalora_context_desc_t *desc,
-                                        struct adalora_context_t **context);
+// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this
+// library or machine lacks the backend, with what was looked for.
+adalora_status_t adalora_context_create(const struct adalora_context_desc_t *desc, struct adalora_context_t **context);
 
-// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, modules and what
-// cuBLAS holds for this thread. May allocate and synchronise; nothing else that takes a stream does.
+// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA,
+// modules and what cuBLAS holds for this thread. May allocate and synchronise; nothing else that takes a stream does.
 //
 // @param stream A `cudaStream_t` on CUDA; not read on the CPU.
-adalora_status_t adalora_context_prepare(struct adalora_context_t *context,
-                                         void *stream);
+adalora_status_t adalora_context_prepare(struct adalora_context_t *context, void *stream);
 
-// Says in words what the context computes with: library version, backend, threads, instruction set, libraries and their paths.
+// Says in words what the context computes with: library version, backend, threads, instruction set, libraries and
+// their paths.
 //
 // @param text Receives the text, ended by a zero byte; NULL to ask for the size alone.
-// @param bytes In: the room at `text`. Out: the bytes needed, the zero byte included, also where the room is too small.
+// @param bytes In: the room at `text`. Out: the bytes needed, the zero byte included, also where the room is too
+// small.
 // @return `ADALORA_ERROR_INVALID_ARGUMENT` where the room is too small; then `text` is not written.
-adalora_status_t adalora_context_describe(const struct adalora_context_t *context,
-                                          char *text,
-                                          size_t *bytes);
+adalora_status_t adalora_context_describe(const struct adalora_context_t *context, char *text, size_t *bytes);
 
-// From the sum of squares of all gradients (`adalora_allocator_gradient_norm`, and the trainer's own) makes the factor that unscales and
-// clips them: `min(1, max_norm / (norm + 1e-6)) / loss_scale` with `norm = sqrt(sum_of_squares) / loss_scale`, as PyTorch's `clip_grad_norm_` has it.
+// From the sum of squares of all gradients (`adalora_allocator_gradient_norm`, and the trainer's own) makes the factor
+// that unscales and clips them: `min(1, max_norm / (norm + 1e-6)) / loss_scale` with `norm = sqrt(sum_of_squares) /
+// loss_scale`, as PyTorch's `clip_grad_norm_` has it.
 //
 // @param sum_of_squares One value.
 // @param loss_scale One value, what the loss was multiplied by; NULL: 1.
@@ -765,7 +803,8 @@ adalora_status_t adalora_context_gradient_factor(const struct adalora_context_t 
                                                  double *grad_factor,
                                                  void *stream);
 
-// Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with the last of them.
+// Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with the last of
+// them.
 void adalora_context_destroy(struct adalora_context_t *context);
 
 // Version of the library: `major << 16 | minor << 8 | patch`.
@@ -774,11 +813,13 @@ uint32_t adalora_version(void);
 // Version of the interface that the library serves: compare it with `ADALORA_ABI_VERSION` after loading.
 uint32_t adalora_abi_version(void);
 
-// The name of a status, such as "ADALORA_ERROR_INVALID_ARGUMENT"; "unknown status" for another number. Never NULL, valid for ever.
+// The name of a status, such as "ADALORA_ERROR_INVALID_ARGUMENT"; "unknown status" for another number. Never NULL,
+// valid for ever.
 const char *adalora_status_name(adalora_status_t status);
 
-// The text of this thread's last error: which call, which adapter, which argument, what was found and what was expected. Empty before the first. A call
-// that succeeds leaves it alone. Never NULL; valid until this thread's next failing call.
+// The text of this thread's last error: which call, which adapter, which argument, what was found and what was
+// expected. Empty before the first. A call that succeeds leaves it alone. Never NULL; valid until this thread's next
+// failing call.
 const char *adalora_last_error(void);
 
 #ifdef __cplusplus

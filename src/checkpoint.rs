@@ -1,7 +1,9 @@
-//! The allocator's state as bytes: little-endian, versioned, checksummed, the same on every machine. What is read back is not trusted.
+//! The allocator's state as bytes: little-endian, versioned, checksummed, the same on every machine. What is read back
+//! is not trusted.
 //!
-//! Layout: "ADALORA\0", version (u32), reserved (u32), number of adapters (u64), for each adapter rank, in and out features (u64 each), the
-//! header's counters (i64 each), clocks (i64 each), pattern (one byte a triplet), FNV-1a of all before (u64).
+//! Layout: "ADALORA\0", version (u32), reserved (u32), number of adapters (u64), for each adapter rank, in and out
+//! features (u64 each), the header's counters (i64 each), clocks (i64 each), pattern (one byte a triplet), FNV-1a of
+//! all before (u64).
 
 use crate::allocator::Model;
 use crate::allocator::state::{Fnv, HAS_PATTERN, Header, IS_FINAL, MAGIC, State};

@@ -1,6 +1,7 @@
 //! AdaLoRA for any trainer: SVD adapters `W + B diag(E) A` whose ranks are reallocated during training, behind a C ABI.
 //!
-//! There is no Rust API: the interface is `include/adalora.h`, generated from the documentation in [`abi`]. Data flows one way:
+//! There is no Rust API: the interface is `include/adalora.h`, generated from the documentation in [`abi`]. Data flows
+//! one way:
 //!
 //! | module | what it is |
 //! | --- | --- |

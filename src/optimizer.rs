@@ -1,4 +1,5 @@
-//! AdamW (Loshchilov and Hutter, 2019) as PyTorch computes it: decoupled decay, bias correction, epsilon outside the root.
+//! AdamW (Loshchilov and Hutter, 2019) as PyTorch computes it: decoupled decay, bias correction, epsilon outside the
+//! root.
 
 use num_traits::Float;
 

@@ -1,5 +1,6 @@
-//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), and what is drawn from it: dropout masks and
-//! initial values. Every number is a pure function of a key and a counter, so that any backend makes the same.
+//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), and what is drawn from it:
+//! dropout masks and initial values. Every number is a pure function of a key and a counter, so that any backend makes
+//! the same.
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];

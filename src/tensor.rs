@@ -191,8 +191,8 @@ impl Region {
         Self { begin: data.0, end: data.0 + bytes, pitch: bytes, width: bytes }
     }
 
-    /// Whether a byte belongs to both. Matrices that share a row pitch may lie side by side, as the columns of one larger
-    /// matrix do; everything else is judged by its whole extent.
+    /// Whether a byte belongs to both. Matrices that share a row pitch may lie side by side, as the columns of one
+    /// larger matrix do; everything else is judged by its whole extent.
     pub fn overlaps(&self, other: &Self) -> bool {
         if self.begin >= other.end || other.begin >= self.end {
             return false;

@@ -10,7 +10,8 @@ use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// The geometry of one layer's adapter; holds no pointer of the caller's. May be used from any thread, by several at once.
+/// The geometry of one layer's adapter; holds no pointer of the caller's. May be used from any thread, by several at
+/// once.
 pub struct Adapter(pub(super) Handle<Arc<adapter::Adapter>>);
 
 /// Makes an adapter.
@@ -47,7 +48,8 @@ pub unsafe extern "C" fn adalora_adapter_destroy(adapter: Option<NonNull<Adapter
 
 /// Writes the initial triplets, PEFT's `reset_lora_parameters`: A and B normal with deviation 0.02, E zero.
 ///
-/// Each element is a function of the seed and of its place in the whole layer, so that tensor-parallel shares fit together.
+/// Each element is a function of the seed and of its place in the whole layer, so that tensor-parallel shares fit
+/// together.
 ///
 /// @param params Receives them; of `param_dtype`, or float32 for a master copy of half-precision parameters.
 #[unsafe(no_mangle)]
@@ -95,9 +97,10 @@ pub unsafe extern "C" fn adalora_adapter_delta_weight(
 /// Adds the delta weight to a base weight: PEFT's `merge`.
 ///
 /// @param w The base weight, in either layout, of any element type.
-/// @param backup As w: receives the base as it was, so that `adalora_adapter_unmerge` restores it exactly. NULL: none is kept.
-/// @param non_finite One value, set to 1 where a merged element is not finite, else left alone (PEFT's `safe_merge`; w is written all
-/// the same, and the backup brings it back); NULL: not looked for.
+/// @param backup As w: receives the base as it was, so that `adalora_adapter_unmerge` restores it exactly. NULL: none
+/// is kept.
+/// @param non_finite One value, set to 1 where a merged element is not finite, else left alone (PEFT's `safe_merge`; w
+/// is written all the same, and the backup brings it back); NULL: not looked for.
 ///
 /// The other parameters are as in `adalora_adapter_delta_weight`.
 #[unsafe(no_mangle)]
@@ -125,8 +128,8 @@ pub unsafe extern "C" fn adalora_adapter_merge(
 
 /// Takes the delta weight out of a base weight again: PEFT's `unmerge`.
 ///
-/// @param backup What `adalora_adapter_merge` kept: w becomes its copy, bit for bit, and `params` may be NULL. NULL: the delta weight is
-/// subtracted, which leaves a rounding error where w has few bits.
+/// @param backup What `adalora_adapter_merge` kept: w becomes its copy, bit for bit, and `params` may be NULL. NULL:
+/// the delta weight is subtracted, which leaves a rounding error where w has few bits.
 ///
 /// The other parameters are as in `adalora_adapter_delta_weight`.
 #[unsafe(no_mangle)]
@@ -162,7 +165,8 @@ pub unsafe extern "C" fn adalora_adapter_unmerge(
 /// @param n Elements of `calls`, 1 to 64.
 /// @param tokens Rows of x.
 /// @param saved Receives n values: bytes of `h`, and of `g`, of each adapter; NULL: not asked for.
-/// @param workspace Receives the bytes of workspace that serve `adalora_adapter_forward` and `adalora_adapter_backward`.
+/// @param workspace Receives the bytes of workspace that serve `adalora_adapter_forward` and
+/// `adalora_adapter_backward`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_adapter_sizes(
     calls: *const Call,
@@ -186,17 +190,21 @@ pub unsafe extern "C" fn adalora_adapter_sizes(
 
 /// Forward: `y += scaling * ((x A^T) * E) B^T` for every adapter of the call; x is read once for all of them.
 ///
-/// With dropout, x stands for the masked and scaled input throughout. Triplets whose E is 0 add nothing to y, even where h is not finite.
+/// With dropout, x stands for the masked and scaled input throughout. Triplets whose E is 0 add nothing to y, even
+/// where h is not finite.
 ///
-/// @param calls n descriptors, `stride` bytes apart: `adapter`, `params`, `y`, `h`, and where wanted `scaling`, `pattern`, `dropout`.
-/// @param stages `ADALORA_STAGE_BOTH`; or `ADALORA_STAGE_PROJECT` (writes h; y is not read), then, once tensor-parallel processes have summed their h,
-/// `ADALORA_STAGE_EXPAND` (reads h; x may be NULL).
+/// @param calls n descriptors, `stride` bytes apart: `adapter`, `params`, `y`, `h`, and where wanted `scaling`,
+/// `pattern`, `dropout`.
+/// @param stages `ADALORA_STAGE_BOTH`; or `ADALORA_STAGE_PROJECT` (writes h; y is not read), then, once tensor-parallel
+/// processes have summed their h, `ADALORA_STAGE_EXPAND` (reads h; x may be NULL).
 /// @param x [tokens, in_local], of `activation_dtype`.
 /// @param workspace Memory of the backend, at least as large as `adalora_adapter_sizes` says, aligned to 64 bytes.
 /// @param bytes Its size.
-/// @return `ADALORA_ERROR_INVALID_ARGUMENT`, before anything is computed, for a wrong shape, type, alignment, overlap or size.
+/// @return `ADALORA_ERROR_INVALID_ARGUMENT`, before anything is computed, for a wrong shape, type, alignment, overlap
+/// or size.
 ///
-/// Outputs (y, h) and workspace must not overlap each other or anything that is read; columns of one larger matrix do not overlap.
+/// Outputs (y, h) and workspace must not overlap each other or anything that is read; columns of one larger matrix do
+/// not overlap.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_adapter_forward(
     calls: *const Call,
@@ -222,16 +230,18 @@ pub unsafe extern "C" fn adalora_adapter_forward(
 /// Backward, for every adapter of the call: `g = scaling * dy B`; `dA += diag(E) g^T x`; `dE += colsum(g * h)`;
 /// `dB += scaling * dy^T (h * E)`; `dx += sum over adapters of (g * E) A`.
 ///
-/// @param calls n descriptors, `stride` bytes apart: `adapter`, `params`, `grads`, `dy`, `h`, and where wanted `g`, `scaling`, `pattern`, `dropout`, the last three as forward had
-/// them. `y` is not read.
-/// @param stages `ADALORA_STAGE_BOTH`; or `ADALORA_STAGE_PROJECT` (reads dy and h, writes g and dB), then, once tensor-parallel processes have summed their g,
-/// `ADALORA_STAGE_EXPAND` (reads x, g and h, writes dA, dE and dx; dy may be left out).
+/// @param calls n descriptors, `stride` bytes apart: `adapter`, `params`, `grads`, `dy`, `h`, and where wanted `g`,
+/// `scaling`, `pattern`, `dropout`, the last three as forward had them. `y` is not read.
+/// @param stages `ADALORA_STAGE_BOTH`; or `ADALORA_STAGE_PROJECT` (reads dy and h, writes g and dB), then, once
+/// tensor-parallel processes have summed their g, `ADALORA_STAGE_EXPAND` (reads x, g and h, writes dA, dE and dx; dy
+/// may be left out).
 /// @param accumulate 1: gradients are added to. 0: they are overwritten, with zeros where there is no token.
 /// @param x [tokens, in_local], as forward had it. May be NULL in `ADALORA_STAGE_PROJECT`.
 /// @param dx [tokens, in_local], added to; NULL: not wanted.
 /// @param workspace As in `adalora_adapter_forward`.
 ///
-/// The same bits for any number of threads. Outputs (grads, g, dx) and workspace must not overlap each other or anything that is read.
+/// The same bits for any number of threads. Outputs (grads, g, dx) and workspace must not overlap each other or
+/// anything that is read.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_adapter_backward(
     calls: *const Call,

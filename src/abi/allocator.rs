@@ -9,8 +9,8 @@ use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
-/// Rank allocator over the adapters of a model: schedule, importance, selection, and with them the optimiser. May be used from any
-/// thread; a call whose parameter is not const runs alone on the object.
+/// Rank allocator over the adapters of a model: schedule, importance, selection, and with them the optimiser. May be
+/// used from any thread; a call whose parameter is not const runs alone on the object.
 pub struct Allocator(pub(super) Handle<allocator::Allocator>);
 
 /// Makes a rank allocator.
@@ -18,7 +18,8 @@ pub struct Allocator(pub(super) Handle<allocator::Allocator>);
 /// @param context May be destroyed before the allocator.
 /// @param desc Adapters in order, schedule, smoothing.
 /// @param allocator Receives the handle; written on success alone. Destroy it by `adalora_allocator_destroy`.
-/// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a schedule or smoothing that makes no sense, with the field, what it held and what it may hold.
+/// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a schedule or smoothing that makes no sense, with the field, what it
+/// held and what it may hold.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_create(
     context: Option<NonNull<Context>>,
@@ -50,7 +51,8 @@ pub unsafe extern "C" fn adalora_allocator_destroy(allocator: Option<NonNull<All
 /// @param n_slices How many slices will be bound.
 /// @param state Receives the bytes of the state: pattern, Adam's clocks, counters.
 /// @param workspace Receives the bytes of the workspace, whose contents need not be kept between calls.
-/// @param gram Receives the bytes of the Gram matrices: for each adapter in order `A A^T`, then `B^T B`, [rank, rank] each, float64, without gaps.
+/// @param gram Receives the bytes of the Gram matrices: for each adapter in order `A A^T`, then `B^T B`, [rank, rank]
+/// each, float64, without gaps.
 ///
 /// Each may be NULL.
 #[unsafe(no_mangle)]
@@ -73,13 +75,15 @@ pub unsafe extern "C" fn adalora_allocator_sizes(
     })
 }
 
-/// Tells the allocator where everything lies. The one call that keeps the caller's addresses: they stay in use until the next bind or the
-/// allocator's end, and the descriptors themselves are copied. May allocate and synchronise. To be repeated when a buffer moves.
+/// Tells the allocator where everything lies. The one call that keeps the caller's addresses: they stay in use until
+/// the next bind or the allocator's end, and the descriptors themselves are copied. May allocate and synchronise. To be
+/// repeated when a buffer moves.
 ///
-/// @param state `adalora_allocator_sizes` bytes, aligned to 64. Zeros are a fresh run; otherwise what an earlier bind left there, which
-/// goes on (also in a copy at another address). Anything else is refused.
+/// @param state `adalora_allocator_sizes` bytes, aligned to 64. Zeros are a fresh run; otherwise what an earlier bind
+/// left there, which goes on (also in a copy at another address). Anything else is refused.
 /// @param workspace Likewise sized and aligned; any contents.
-/// @param slices n descriptors, `stride` bytes apart. Their order does not matter. Ranges of one matrix must not overlap.
+/// @param slices n descriptors, `stride` bytes apart. Their order does not matter. Ranges of one matrix must not
+/// overlap.
 /// @param hypers n_hyper descriptors, `hyper_stride` bytes apart; none are needed where AdamW is never asked for.
 /// @return `ADALORA_ERROR_INVALID_ARGUMENT` names the slice and field; the earlier binding then stays.
 #[unsafe(no_mangle)]
@@ -106,11 +110,12 @@ pub unsafe extern "C" fn adalora_allocator_bind(
 
 /// The budget that the schedule sets for a step, on the host; touches no buffer.
 ///
-/// `step <= tinit`: the initial budget. Up to `end = total_step - tfinal`: `trunc((initial - target) * pow(1 - (step - tinit) / (end - tinit), 3) + target)` in
-/// float64, in this order, as PEFT computes it. Later: the target.
+/// `step <= tinit`: the initial budget. Up to `end = total_step - tfinal`: `trunc((initial - target) * pow(1 - (step -
+/// tinit) / (end - tinit), 3) + target)` in float64, in this order, as PEFT computes it. Later: the target.
 ///
 /// @param budget Receives the budget, in the allocator's unit.
-/// @param masks Receives 1 where a mask falls on the step (`step % delta_t == 0` while the budget falls; every step after the end), else 0. NULL: not asked for.
+/// @param masks Receives 1 where a mask falls on the step (`step % delta_t == 0` while the budget falls; every step
+/// after the end), else 0. NULL: not asked for.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_budget(
     allocator: Option<&Allocator>,
@@ -131,9 +136,11 @@ pub unsafe extern "C" fn adalora_allocator_budget(
 
 /// Gram matrices `A A^T` and `B^T B` of every adapter, summed over the owned elements that are not replicas.
 ///
-/// Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and likewise for each row of B.
+/// Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and likewise
+/// for each row of B.
 ///
-/// @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that share the parameters sum it.
+/// @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that share the
+/// parameters sum it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_gram(
     allocator: Option<NonNull<Allocator>>,
@@ -146,8 +153,9 @@ pub unsafe extern "C" fn adalora_allocator_gram(
     })
 }
 
-/// Orthogonal regularisation: the penalty `weight / (2 n) * (sum ||A A^T - I|| + ||B^T B - I||)` over the n adapters, Frobenius norms, and its
-/// gradient times `factor` added to the gradients of A and B (paper: equation 4 without the square, as PEFT has it). A norm of 0 has gradient 0.
+/// Orthogonal regularisation: the penalty `weight / (2 n) * (sum ||A A^T - I|| + ||B^T B - I||)` over the n adapters,
+/// Frobenius norms, and its gradient times `factor` added to the gradients of A and B (paper: equation 4 without the
+/// square, as PEFT has it). A norm of 0 has gradient 0.
 ///
 /// Call it once per optimiser step: after gradients are reduced over processes, before their norm is taken.
 ///
@@ -178,8 +186,9 @@ pub unsafe extern "C" fn adalora_allocator_orthogonality(
     })
 }
 
-/// Adds the sum of squares of all owned gradients that are not replicas, as they are (times the loss scale), to a sum that the trainer shares with its
-/// other parameters, and reports what is not finite. Summed in float64, in an order that does not depend on threads.
+/// Adds the sum of squares of all owned gradients that are not replicas, as they are (times the loss scale), to a sum
+/// that the trainer shares with its other parameters, and reports what is not finite. Summed in float64, in an order
+/// that does not depend on threads.
 ///
 /// @param has_grad [n_adapters], 0: that adapter's gradients are not read; NULL: all are.
 /// @param sum_of_squares One value, added to.
@@ -205,14 +214,17 @@ pub unsafe extern "C" fn adalora_allocator_gradient_norm(
 
 /// AdamW, if asked for, and importance, in one pass over all slices.
 ///
-/// AdamW is PyTorch's: `p *= 1 - lr * weight_decay`; m and v from the gradient times `grad_factor`; `p -= lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)`
-/// with k the number of updates that this adapter has had. Importance, while `step < total_step - tfinal` and the pattern is not final, from the
-/// parameters after that and the same gradients: `s = abs(p * g)`; `exp_avg_ipt = beta1 * exp_avg_ipt + (1 - beta1) * s`;
-/// `exp_avg_unc = beta2 * exp_avg_unc + (1 - beta2) * abs(s - exp_avg_ipt)`. An adapter without a gradient is left alone by AdamW, and its s is 0. A step with
-/// `found_inf` changes nothing and is counted as skipped.
+/// AdamW is PyTorch's: `p *= 1 - lr * weight_decay`; m and v from the gradient times `grad_factor`; `p -= lr / (1 -
+/// beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)` with k the number of updates that this adapter has had.
+/// Importance, while `step < total_step - tfinal` and the pattern is not final, from the parameters after that and the
+/// same gradients: `s = abs(p * g)`; `exp_avg_ipt = beta1 * exp_avg_ipt + (1 - beta1) * s`; `exp_avg_unc = beta2 *
+/// exp_avg_unc + (1 - beta2) * abs(s - exp_avg_ipt)`. An adapter without a gradient is left alone by AdamW, and its s
+/// is 0. A step with `found_inf` changes nothing and is counted as skipped.
 ///
-/// @param with_adamw 1: AdamW, then importance. 0: importance alone, for trainers with an optimiser of their own, from the parameters as they stand.
-/// @return `ADALORA_ERROR_INVALID_STATE` where nothing is bound, or AdamW is asked for and moments or hyperparameters are not bound.
+/// @param with_adamw 1: AdamW, then importance. 0: importance alone, for trainers with an optimiser of their own, from
+/// the parameters as they stand.
+/// @return `ADALORA_ERROR_INVALID_STATE` where nothing is bound, or AdamW is asked for and moments or hyperparameters
+/// are not bound.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_update(
     allocator: Option<NonNull<Allocator>>,
@@ -228,8 +240,8 @@ pub unsafe extern "C" fn adalora_allocator_update(
     })
 }
 
-/// Scores of all triplets of the model, adapter by adapter: `s(E) + mean(s(A row)) + mean(s(B column))` with `s = exp_avg_ipt * exp_avg_unc`, in float64, from
-/// the owned elements that are not replicas; always finite.
+/// Scores of all triplets of the model, adapter by adapter: `s(E) + mean(s(A row)) + mean(s(B column))` with `s =
+/// exp_avg_ipt * exp_avg_unc`, in float64, from the owned elements that are not replicas; always finite.
 ///
 /// @param scores Receives the total rank's values. Processes that share the parameters sum it.
 #[unsafe(no_mangle)]
@@ -244,12 +256,14 @@ pub unsafe extern "C" fn adalora_allocator_scores(
     })
 }
 
-/// Does what the schedule says for the step: where a mask falls on it, keeps exactly `budget` triplets (highest scores, ties by lower adapter, then
-/// lower triplet; in parameters, the longest prefix of that order whose cost fits), and sets E of the others to 0. The first step at or past
-/// `total_step - tfinal` takes the last mask and clears the averages; from then on the pattern is final and applied at every step.
+/// Does what the schedule says for the step: where a mask falls on it, keeps exactly `budget` triplets (highest scores,
+/// ties by lower adapter, then lower triplet; in parameters, the longest prefix of that order whose cost fits), and
+/// sets E of the others to 0. The first step at or past `total_step - tfinal` takes the last mask and clears the
+/// averages; from then on the pattern is final and applied at every step.
 ///
 /// @param step Only `step->step` is read. Call it once per step, also after a step with `found_inf`.
-/// @param scores As `adalora_allocator_scores` wrote them, summed where sharded; NULL: computed here where they are needed.
+/// @param scores As `adalora_allocator_scores` wrote them, summed where sharded; NULL: computed here where they are
+/// needed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_select(
     allocator: Option<NonNull<Allocator>>,
@@ -265,7 +279,8 @@ pub unsafe extern "C" fn adalora_allocator_select(
     })
 }
 
-/// `adalora_allocator_update`, `adalora_allocator_scores` and `adalora_allocator_select` in one call, with the same bits. PEFT's `update_and_allocate`.
+/// `adalora_allocator_update`, `adalora_allocator_scores` and `adalora_allocator_select` in one call, with the same
+/// bits. PEFT's `update_and_allocate`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_step(
     allocator: Option<NonNull<Allocator>>,
@@ -281,7 +296,8 @@ pub unsafe extern "C" fn adalora_allocator_step(
     })
 }
 
-/// Takes the last mask now, as crossing `total_step - tfinal` would: target budget, averages cleared, pattern final. Nothing where it is final already.
+/// Takes the last mask now, as crossing `total_step - tfinal` would: target budget, averages cleared, pattern final.
+/// Nothing where it is final already.
 ///
 /// @param scores As in `adalora_allocator_select`.
 #[unsafe(no_mangle)]
@@ -296,7 +312,8 @@ pub unsafe extern "C" fn adalora_allocator_finalize(
     })
 }
 
-/// Begins a new run: pattern, clocks, counters, averages and bound moments as at the start. Parameters stay as they are.
+/// Begins a new run: pattern, clocks, counters, averages and bound moments as at the start. Parameters stay as they
+/// are.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_reset(allocator: Option<NonNull<Allocator>>, stream: *mut c_void) -> Status {
     guard("adalora_allocator_reset", || {
@@ -354,8 +371,10 @@ pub unsafe extern "C" fn adalora_allocator_read_sync(
 
 /// Sets the pattern: from another process, or from a checkpoint. E of the triplets that are not kept becomes 0.
 ///
-/// @param pattern The total rank's values, adapter by adapter, in the memory of the context's backend; not 0 where the triplet is kept.
-/// @param is_final 1: the pattern is final from now on, and the averages are cleared. 0: a later mask may choose anew, unless it was final already.
+/// @param pattern The total rank's values, adapter by adapter, in the memory of the context's backend; not 0 where the
+/// triplet is kept.
+/// @param is_final 1: the pattern is final from now on, and the averages are cleared. 0: a later mask may choose anew,
+/// unless it was final already.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_set_pattern(
     allocator: Option<NonNull<Allocator>>,
@@ -369,8 +388,9 @@ pub unsafe extern "C" fn adalora_allocator_set_pattern(
     })
 }
 
-/// Writes the allocator's state (pattern, clocks, counters) as bytes that any machine reads, into host memory. With the tensors that the caller
-/// owns (parameters, moments, averages) a run resumed from them continues bit for bit. Waits for the stream.
+/// Writes the allocator's state (pattern, clocks, counters) as bytes that any machine reads, into host memory. With the
+/// tensors that the caller owns (parameters, moments, averages) a run resumed from them continues bit for bit. Waits
+/// for the stream.
 ///
 /// @param bytes Receives them; NULL to ask for the size alone.
 /// @param size In: the room at `bytes`. Out: the bytes needed, also where the room is too small.
@@ -393,7 +413,8 @@ pub unsafe extern "C" fn adalora_allocator_save_state_sync(
 /// Reads what `adalora_allocator_save_state_sync` wrote into the bound state. Waits for the stream.
 ///
 /// @param bytes Host memory; not trusted: length, version, checksum and every value are checked.
-/// @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state of adapters with other ranks. The state is then as it was.
+/// @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state of adapters
+/// with other ranks. The state is then as it was.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_allocator_load_state_sync(
     allocator: Option<NonNull<Allocator>>,

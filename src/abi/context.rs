@@ -15,8 +15,8 @@ pub struct Context(pub(super) Handle<Arc<context::Context>>);
 ///
 /// @param desc What to make; `backend` must be named.
 /// @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
-/// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this library or
-/// machine lacks the backend, with what was looked for.
+/// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this
+/// library or machine lacks the backend, with what was looked for.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_context_create(
     desc: *const ContextDesc,
@@ -32,8 +32,8 @@ pub unsafe extern "C" fn adalora_context_create(
     })
 }
 
-/// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, modules and what
-/// cuBLAS holds for this thread. May allocate and synchronise; nothing else that takes a stream does.
+/// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA,
+/// modules and what cuBLAS holds for this thread. May allocate and synchronise; nothing else that takes a stream does.
 ///
 /// @param stream A `cudaStream_t` on CUDA; not read on the CPU.
 #[unsafe(no_mangle)]
@@ -43,10 +43,12 @@ pub unsafe extern "C" fn adalora_context_prepare(context: Option<NonNull<Context
     })
 }
 
-/// Says in words what the context computes with: library version, backend, threads, instruction set, libraries and their paths.
+/// Says in words what the context computes with: library version, backend, threads, instruction set, libraries and
+/// their paths.
 ///
 /// @param text Receives the text, ended by a zero byte; NULL to ask for the size alone.
-/// @param bytes In: the room at `text`. Out: the bytes needed, the zero byte included, also where the room is too small.
+/// @param bytes In: the room at `text`. Out: the bytes needed, the zero byte included, also where the room is too
+/// small.
 /// @return `ADALORA_ERROR_INVALID_ARGUMENT` where the room is too small; then `text` is not written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_context_describe(
@@ -61,8 +63,9 @@ pub unsafe extern "C" fn adalora_context_describe(
     })
 }
 
-/// From the sum of squares of all gradients (`adalora_allocator_gradient_norm`, and the trainer's own) makes the factor that unscales and
-/// clips them: `min(1, max_norm / (norm + 1e-6)) / loss_scale` with `norm = sqrt(sum_of_squares) / loss_scale`, as PyTorch's `clip_grad_norm_` has it.
+/// From the sum of squares of all gradients (`adalora_allocator_gradient_norm`, and the trainer's own) makes the factor
+/// that unscales and clips them: `min(1, max_norm / (norm + 1e-6)) / loss_scale` with `norm = sqrt(sum_of_squares) /
+/// loss_scale`, as PyTorch's `clip_grad_norm_` has it.
 ///
 /// @param sum_of_squares One value.
 /// @param loss_scale One value, what the loss was multiplied by; NULL: 1.
@@ -90,7 +93,8 @@ pub unsafe extern "C" fn adalora_context_gradient_factor(
     })
 }
 
-/// Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with the last of them.
+/// Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with the last of
+/// them.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_context_destroy(context: Option<NonNull<Context>>) {
     // SAFETY: the caller gives up the handle; its kind is checked before it is freed.

@@ -87,7 +87,8 @@ pub(super) unsafe fn destroy<T, O>(
     head(object).get(kind, name)?;
     // SAFETY: of the right kind, so made by `Box::into_raw` of this very type.
     let mut owned = unsafe { Box::from_raw(handle.as_ptr()) };
-    // A second destroy of memory that was not used again finds no kind. The write is volatile, or it would be dropped with the box.
+    // A second destroy of memory that was not used again finds no kind. The write is volatile, or it would be dropped
+    // with the box.
     let first: *mut T = &mut *owned;
     // SAFETY: the handle begins with its kind, and is ours to write.
     unsafe { first.cast::<u64>().write_volatile(0) };

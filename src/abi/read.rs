@@ -26,8 +26,8 @@ impl From<*mut c_void> for Stream {
 /// A descriptor: a C structure that begins with its size.
 ///
 /// # Safety
-/// The type is `repr(C)`, begins with a `usize`, is valid for zero bytes, and every prefix of `MINIMUM` bytes or more followed by zeros is
-/// valid too.
+/// The type is `repr(C)`, begins with a `usize`, is valid for zero bytes, and every prefix of `MINIMUM` bytes
+/// or more followed by zeros is valid too.
 unsafe trait Descriptor: Copy {
     /// What the first version of the interface must have had: the end of the last field that has no default.
     const MINIMUM: usize;
@@ -35,7 +35,8 @@ unsafe trait Descriptor: Copy {
 
 macro_rules! descriptor {
     ($($name:ident: $last:ident),* $(,)?) => {$(
-        // SAFETY: a C structure of integers, floats, raw pointers and optional functions, for all of which zeros are valid.
+        // SAFETY: a C structure of integers, floats, raw pointers and optional functions, for all of which zeros are
+        // valid.
         unsafe impl Descriptor for $name {
             const MINIMUM: usize = std::mem::offset_of!($name, $last) + {
                 const fn size<T, F>(_: fn(&T) -> &F) -> usize { size_of::<F>() }
@@ -58,7 +59,8 @@ unsafe fn descriptor<T: Descriptor>(from: *const T, name: &str) -> Result<T> {
     // SAFETY: as this function asks.
     let size = unsafe { descriptor_size(from, name) }?;
     let mut copy = MaybeUninit::<T>::zeroed();
-    // SAFETY: no more than `size` bytes are read and no more than the copy has are written; a prefix followed by zeros is valid.
+    // SAFETY: no more than `size` bytes are read and no more than the copy has are written; a prefix followed by zeros
+    // is valid.
     unsafe {
         let bytes = size.min(size_of::<T>());
         copy.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from.cast(), bytes);
@@ -327,8 +329,8 @@ pub(super) unsafe fn triplets(from: *const Triplets, name: &str) -> Result<RawTr
 /// What a context is made of.
 ///
 /// # Safety
-/// `desc` is null or the beginning of a readable descriptor; what it points to is readable, and the functions and their data stay valid
-/// for the context's lifetime.
+/// `desc` is null or the beginning of a readable descriptor; what it points to is readable, and the functions
+/// and their data stay valid for the context's lifetime.
 pub(super) unsafe fn context_settings(desc: *const ContextDesc) -> Result<Settings> {
     // SAFETY: as this function asks.
     let d = unsafe { descriptor(desc, "desc") }?;
@@ -366,7 +368,8 @@ pub(super) unsafe fn context_settings(desc: *const ContextDesc) -> Result<Settin
             }
             let mut body = body;
             let threads = u32::try_from(threads).unwrap_or(u32::MAX);
-            // SAFETY: the caller's function, valid for the context's lifetime; it returns after every call of `run` has.
+            // SAFETY: the caller's function, valid for the context's lifetime; it returns after every call of `run`
+            // has.
             unsafe { parallel(Some(run), (&raw mut body).cast(), threads, 0) };
         })
     });
@@ -464,7 +467,8 @@ fn group_size(n: i64) -> Result<()> {
 /// The adapters of an array of calls.
 ///
 /// # Safety
-/// `calls` is the beginning of n readable descriptors `stride` bytes apart, or null; each adapter is null or a live handle.
+/// `calls` is the beginning of n readable descriptors `stride` bytes apart, or null; each adapter is null or a
+/// live handle.
 pub(super) unsafe fn call_adapters<'a>(
     calls: *const Call,
     stride: usize,

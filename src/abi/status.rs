@@ -24,7 +24,8 @@ pub const ADALORA_ERROR_CORRUPT_DATA: i32 = 8;
 /// A defect of the library: the text says where. Please report it.
 pub const ADALORA_ERROR_INTERNAL: i32 = 9;
 
-/// Version of the interface that this header describes. It changes where a caller compiled against an older header would break.
+/// Version of the interface that this header describes. It changes where a caller compiled against an older header
+/// would break.
 pub const ADALORA_ABI_VERSION: u32 = 1;
 
 /// Version of the library: `major << 16 | minor << 8 | patch`.
@@ -39,7 +40,8 @@ pub extern "C" fn adalora_abi_version() -> u32 {
     ADALORA_ABI_VERSION
 }
 
-/// The name of a status, such as "ADALORA_ERROR_INVALID_ARGUMENT"; "unknown status" for another number. Never NULL, valid for ever.
+/// The name of a status, such as "ADALORA_ERROR_INVALID_ARGUMENT"; "unknown status" for another number. Never NULL,
+/// valid for ever.
 #[unsafe(no_mangle)]
 pub extern "C" fn adalora_status_name(status: Status) -> *const c_char {
     let name = match status {
@@ -58,8 +60,9 @@ pub extern "C" fn adalora_status_name(status: Status) -> *const c_char {
     name.as_ptr()
 }
 
-/// The text of this thread's last error: which call, which adapter, which argument, what was found and what was expected. Empty before the first. A call
-/// that succeeds leaves it alone. Never NULL; valid until this thread's next failing call.
+/// The text of this thread's last error: which call, which adapter, which argument, what was found and what was
+/// expected. Empty before the first. A call that succeeds leaves it alone. Never NULL; valid until this thread's next
+/// failing call.
 #[unsafe(no_mangle)]
 pub extern "C" fn adalora_last_error() -> *const c_char {
     super::guard::last_error()

@@ -10,7 +10,8 @@ use std::ffi::{c_char, c_void};
 /// Outcome of a call: `ADALORA_SUCCESS` or one of the `ADALORA_ERROR_*` numbers. Numbers are never reused.
 pub type Status = i32;
 
-/// Element type: one of `ADALORA_FLOAT32`, `ADALORA_FLOAT64`, `ADALORA_BFLOAT16`, `ADALORA_FLOAT16`. 0 is invalid unless a field says otherwise.
+/// Element type: one of `ADALORA_FLOAT32`, `ADALORA_FLOAT64`, `ADALORA_BFLOAT16`, `ADALORA_FLOAT16`. 0 is invalid
+/// unless a field says otherwise.
 pub type DtypeCode = i32;
 
 /// IEEE 754 binary32.
@@ -63,14 +64,15 @@ pub type ParallelFn = Option<
     ),
 >;
 
-/// Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called from any thread
-/// that is inside a call of the library, and must not call the library.
+/// Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called
+/// from any thread that is inside a call of the library, and must not call the library.
 pub type LogFn = Option<unsafe extern "C" fn(user: *mut c_void, level: i32, text: *const c_char)>;
 
 /// A row-major matrix in the caller's memory: element (i, j) stands at `data + (i * row_stride + j) * sizeof(element)`.
 ///
-/// `row_stride` counts elements; 0 means `columns`, and anything else must be at least `columns`. `data` is aligned to its element, and may be
-/// NULL where `rows` or `columns` is 0. A *vector* of n elements may be given as 1 x n or as n x 1.
+/// `row_stride` counts elements; 0 means `columns`, and anything else must be at least `columns`. `data` is aligned to
+/// its element, and may be NULL where `rows` or `columns` is 0. A *vector* of n elements may be given as 1 x n or as n
+/// x 1.
 ///
 /// A value, not a descriptor: it never grows.
 #[repr(C)]
@@ -107,10 +109,11 @@ pub struct Triplets {
 
 /// Where the dropout mask of one call stands. Read only if the adapter's dropout is above 0. A value: it never grows.
 ///
-/// The mask of element (t, c) of x is a pure function of (`*seed`, `*offset`, `token0` + t, in_begin + c), so that backward makes
-/// the same one, and every backend too: Philox4x32-10 with key (low, high word of seed) on the counter (column / 4, token, low, high
-/// word of offset) gives the words of four neighbouring columns; the element is dropped where its word is below `dropout * 2^32`
-/// (rounded to the nearest integer), and otherwise multiplied by `1 / (1 - dropout)`. No call advances seed or offset.
+/// The mask of element (t, c) of x is a pure function of (`*seed`, `*offset`, `token0` + t, in_begin + c), so that
+/// backward makes the same one, and every backend too: Philox4x32-10 with key (low, high word of seed) on the counter
+/// (column / 4, token, low, high word of offset) gives the words of four neighbouring columns; the element is dropped
+/// where its word is below `dropout * 2^32` (rounded to the nearest integer), and otherwise multiplied by `1 / (1 -
+/// dropout)`. No call advances seed or offset.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Dropout {
@@ -166,10 +169,11 @@ pub struct AdapterDesc {
     pub dropout: f64,
     /// Element type of A, E and B as the forward pass reads them.
     pub param_dtype: DtypeCode,
-    /// Element type of x, y, dx and dy. `ADALORA_FLOAT64` goes with `ADALORA_FLOAT64` alone; the other three go with each other.
+    /// Element type of x, y, dx and dy. `ADALORA_FLOAT64` goes with `ADALORA_FLOAT64` alone; the other three go with
+    /// each other.
     pub activation_dtype: DtypeCode,
-    /// How many half-precision terms, 1 to 3, stand for a float32 A or B where a backend multiplies in half precision; 0: 2. The
-    /// CPU backend multiplies in float32 and rounds neither factor, whatever this says.
+    /// How many half-precision terms, 1 to 3, stand for a float32 A or B where a backend multiplies in half precision;
+    /// 0: 2. The CPU backend multiplies in float32 and rounds neither factor, whatever this says.
     pub operand_terms: i32,
     /// Must be 0.
     pub reserved: i32,
@@ -193,7 +197,8 @@ pub struct Call {
     pub adapter: *const Adapter,
     /// Parameters, of the adapter's `param_dtype`.
     pub params: Triplets,
-    /// Backward: gradients, each of `param_dtype` or of the compute type (float64 for float64, else float32). Forward: not read.
+    /// Backward: gradients, each of `param_dtype` or of the compute type (float64 for float64, else float32). Forward:
+    /// not read.
     pub grads: Triplets,
     /// Multiplier of the adapter's output; 0: the adapter's own, `(alpha > 0 ? alpha : rank) / (rank + 1e-5)`.
     pub scaling: f64,
@@ -201,13 +206,14 @@ pub struct Call {
     pub y: Matrix,
     /// Backward: [tokens, out_local], the gradient for y. Forward: not read.
     pub dy: Matrix,
-    /// `h = x A^T`, [tokens, rank] without gaps, of the compute type. The forward pass writes it, backward reads it. NULL where both stages
-    /// run in one call: then forward keeps nothing, and backward computes it again.
+    /// `h = x A^T`, [tokens, rank] without gaps, of the compute type. The forward pass writes it, backward reads it.
+    /// NULL where both stages run in one call: then forward keeps nothing, and backward computes it again.
     pub h: *mut c_void,
-    /// `g = scaling dy B`, likewise: written by backward's first stage, read by its second. NULL where both run in one call.
+    /// `g = scaling dy B`, likewise: written by backward's first stage, read by its second. NULL where both run in one
+    /// call.
     pub g: *mut c_void,
-    /// [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost nothing and receive no
-    /// gradient (0 where gradients are overwritten). NULL: all are computed.
+    /// [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost
+    /// nothing and receive no gradient (0 where gradients are overwritten). NULL: all are computed.
     pub pattern: *const u8,
     /// Dropout's seed and place.
     pub dropout: Dropout,
@@ -221,9 +227,11 @@ pub struct AllocatorDesc {
     pub struct_size: usize,
     /// Number of adapters, at least 1.
     pub n_adapters: i64,
-    /// All adapters of the model, over all processes, in an order that every process shares. Adapters may be destroyed before the allocator.
+    /// All adapters of the model, over all processes, in an order that every process shares. Adapters may be destroyed
+    /// before the allocator.
     pub adapters: *const *const Adapter,
-    /// Mean rank per adapter at the end (PEFT's `target_r`): the target budget is `target_rank * n_adapters` triplets, or their cost.
+    /// Mean rank per adapter at the end (PEFT's `target_r`): the target budget is `target_rank * n_adapters` triplets,
+    /// or their cost.
     pub target_rank: i64,
     /// Steps before the budget begins to fall. `tinit < total_step - tfinal`.
     pub tinit: i64,
@@ -239,14 +247,16 @@ pub struct AllocatorDesc {
     pub beta2: f64,
     /// `ADALORA_BUDGET_TRIPLETS` (also 0) or `ADALORA_BUDGET_PARAMETERS`.
     pub budget_unit: i32,
-    /// 0: this process owns every element, and `adalora_allocator_bind` says which one is missing. 1: it may own a part.
+    /// 0: this process owns every element, and `adalora_allocator_bind` says which one is missing. 1: it may own a
+    /// part.
     pub sharded: i32,
 }
 
 /// A range of elements of one adapter's A, E or B that this process owns, and everything that belongs to them.
 ///
-/// Elements are numbered in row-major order over the *whole* matrix ([rank, in_features], [rank] or [out_features, rank]); each pointer addresses
-/// element `begin`, and the `end - begin` elements lie without gaps. The state type is float64 for float64 parameters, else float32.
+/// Elements are numbered in row-major order over the *whole* matrix ([rank, in_features], [rank] or [out_features,
+/// rank]); each pointer addresses element `begin`, and the `end - begin` elements lie without gaps. The state type is
+/// float64 for float64 parameters, else float32.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Slice {
@@ -262,11 +272,13 @@ pub struct Slice {
     pub matrix: i32,
     /// Which element of the table of hyperparameters serves it.
     pub hyper: i32,
-    /// Element type of `p`: the adapter's `param_dtype` (also 0 where `p_low` is NULL), or float32 where it is the master of `p_low` (also 0 there).
+    /// Element type of `p`: the adapter's `param_dtype` (also 0 where `p_low` is NULL), or float32 where it is the
+    /// master of `p_low` (also 0 there).
     pub p_dtype: DtypeCode,
     /// Element type of `g`: `param_dtype` (also 0) or the state type.
     pub g_dtype: DtypeCode,
-    /// 1: another process owns these elements too and counts them in scores, Gram matrices and the gradient norm; here they are updated alone. Else 0.
+    /// 1: another process owns these elements too and counts them in scores, Gram matrices and the gradient norm; here
+    /// they are updated alone. Else 0.
     pub replica: i32,
     /// Must be 0.
     pub reserved: i32,
@@ -304,8 +316,8 @@ pub struct Hyper {
     pub eps: f64,
 }
 
-/// What changes from step to step: values in the memory of the context's backend, read when the work runs, so that a captured
-/// graph sees new ones at each replay.
+/// What changes from step to step: values in the memory of the context's backend, read when the work runs, so that a
+/// captured graph sees new ones at each replay.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Step {
@@ -315,8 +327,9 @@ pub struct Step {
     pub step: *const i64,
     /// Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
     pub grad_factor: *const f64,
-    /// Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing this step. NULL: the library looks
-    /// itself, at the cost of one more reading of the gradients; a sharded allocator needs it.
+    /// Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing
+    /// this step. NULL: the library looks itself, at the cost of one more reading of the gradients; a sharded allocator
+    /// needs it.
     pub found_inf: *const f32,
     /// [n_adapters], 0 where the adapter has no gradient this step; NULL: all have one.
     pub has_grad: *const u8,

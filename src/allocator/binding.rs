@@ -109,7 +109,8 @@ pub struct Panel {
     pub columns: usize,
     /// Another process counts them.
     pub replica: bool,
-    /// Slice and element in it at which each row begins: one for each row of A; for B, whose rows lie across, one for all.
+    /// Slice and element in it at which each row begins: one for each row of A; for B, whose rows lie across, one for
+    /// all.
     pub rows: Vec<(usize, usize)>,
 }
 

@@ -1,5 +1,5 @@
-//! Sensitivity of every parameter, smoothed, and its uncertainty (the AdaLoRA paper's equations 8 to 10). Numbers that overflow count
-//! as the largest one, so that scores are finite and can be ordered.
+//! Sensitivity of every parameter, smoothed, and its uncertainty (the AdaLoRA paper's equations 8 to 10). Numbers that
+//! overflow count as the largest one, so that scores are finite and can be ordered.
 
 use num_traits::Float;
 

@@ -2,7 +2,8 @@
 
 use super::{BudgetUnit, Model};
 
-/// Marks in `pattern` the triplets that stay. `order` is scratch; both are as long as `scores`, which are in the model's order.
+/// Marks in `pattern` the triplets that stay. `order` is scratch; both are as long as `scores`, which are in the
+/// model's order.
 pub fn select(model: &Model, scores: &[f64], budget: i64, order: &mut [u64], pattern: &mut [u8]) {
     for (i, slot) in order.iter_mut().enumerate() {
         *slot = i as u64;

@@ -1,5 +1,5 @@
-//! The allocator's state: what must survive from step to step besides the caller's tensors. It lies in the caller's memory, in the
-//! layout below, where kernels can reach it.
+//! The allocator's state: what must survive from step to step besides the caller's tensors. It lies in the caller's
+//! memory, in the layout below, where kernels can reach it.
 
 use crate::adapter::ALIGNMENT;
 

@@ -1,4 +1,5 @@
-//! What AdaLoRA asks of a backend: whole operations, so that each may fuse as it likes. Everything that arrives here has been checked.
+//! What AdaLoRA asks of a backend: whole operations, so that each may fuse as it likes. Everything that arrives here
+//! has been checked.
 
 mod cpu;
 pub mod panics;

@@ -21,7 +21,8 @@ const BATCH: usize = 64;
 /// Converts `n` elements into the compute type.
 ///
 /// # Safety
-/// `n` elements of `dtype` can be read at `from`, aligned to their type, and `n` of T written at `to`; they do not overlap.
+/// `n` elements of `dtype` can be read at `from`, aligned to their type, and `n` of T written at `to`; they do
+/// not overlap.
 pub(super) unsafe fn load<T: Real>(dtype: Dtype, from: Address, n: usize, to: *mut T) {
     // SAFETY: as this function asks.
     unsafe {
@@ -47,7 +48,8 @@ pub(super) unsafe fn load<T: Real>(dtype: Dtype, from: Address, n: usize, to: *m
 /// Rounds `n` elements of the compute type to the caller's.
 ///
 /// # Safety
-/// `n` elements of T can be read at `from`, and `n` of `dtype` written at `to`, aligned to their type; they do not overlap.
+/// `n` elements of T can be read at `from`, and `n` of `dtype` written at `to`, aligned to their type; they do
+/// not overlap.
 pub(super) unsafe fn store<T: Real>(dtype: Dtype, from: *const T, n: usize, to: Address) {
     // SAFETY: as this function asks.
     unsafe {
@@ -95,8 +97,8 @@ pub(super) unsafe fn read(dtype: Dtype, from: Address) -> f64 {
     }
 }
 
-/// The float32 towards zero, its last bit set if anything was cut off: rounding that to nearest once more gives what rounding the float64
-/// to nearest would, while two roundings to nearest may not.
+/// The float32 towards zero, its last bit set if anything was cut off: rounding that to nearest once more gives what
+/// rounding the float64 to nearest would, while two roundings to nearest may not.
 fn round_to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     let back = f64::from(nearest);

@@ -41,7 +41,8 @@ pub(super) enum Order {
 /// `out[i, j] = sum_k x[i, k] * p[j, k]` for i below m, j below n, k below `length`.
 ///
 /// # Safety
-/// All rows can be read, and m rows of n elements written, and the output overlaps no input. For `Isa::Avx2` the processor has it.
+/// All rows can be read, and m rows of n elements written, and the output overlaps no input. For `Isa::Avx2`
+/// the processor has it.
 pub(super) unsafe fn dot<T: Real>(
     isa: Isa,
     (m, n, length): (usize, usize, usize),
@@ -160,8 +161,8 @@ unsafe fn dot_tile<V: Vector, const M: usize, const N: usize>(
 /// `out[i, j] += sum_k c[i, k] * p[k, j]` for i below m, k below `depth`, j below `length`.
 ///
 /// # Safety
-/// All coefficients and rows can be read, and m rows of `length` elements written, and the output overlaps no input. For `Isa::Avx2` the
-/// processor has it.
+/// All coefficients and rows can be read, and m rows of `length` elements written, and the output overlaps no
+/// input. For `Isa::Avx2` the processor has it.
 pub(super) unsafe fn accumulate<T: Real>(
     isa: Isa,
     order: Order,

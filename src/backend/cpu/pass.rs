@@ -1,7 +1,8 @@
-//! Forward and backward. Blocks of tokens go through both factors while they are in cache, so that x, y, dy and dx are each touched once.
+//! Forward and backward. Blocks of tokens go through both factors while they are in cache, so that x, y, dy and dx are
+//! each touched once.
 //!
-//! Tokens are cut into chunks whose size depends on the shape alone. Backward sums each chunk's gradients apart and adds the chunks in
-//! order, so that the number of threads changes no bit.
+//! Tokens are cut into chunks whose size depends on the shape alone. Backward sums each chunk's gradients apart and
+//! adds the chunks in order, so that the number of threads changes no bit.
 
 use super::Host;
 use super::element::{is_own, load, pointer, store};

@@ -1,5 +1,5 @@
-//! Vectors of the processor, so that each kernel is written once: AVX2 with fused multiply-add, and a portable one that the compiler
-//! maps to what there is. Chosen at run time.
+//! Vectors of the processor, so that each kernel is written once: AVX2 with fused multiply-add, and a portable one that
+//! the compiler maps to what there is. Chosen at run time.
 
 use num_traits::Float;
 
@@ -137,7 +137,8 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct F64x4(__m256d);
 
-    // SAFETY of all blocks below: these types are used by kernels alone that run after AVX2 and FMA were detected (`Isa::Avx2`).
+    // SAFETY of all blocks below: these types are used by kernels alone that run after AVX2 and FMA were detected
+    // (`Isa::Avx2`).
 
     impl Vector for F32x8 {
         type Element = f32;

@@ -1,5 +1,5 @@
-//! The threads that compute: a pool of the context's own, or the caller's. The calling thread always works too, and who does
-//! which task never changes a result.
+//! The threads that compute: a pool of the context's own, or the caller's. The calling thread always works too, and who
+//! does which task never changes a result.
 
 use crate::backend::panics::quietly;
 use crate::context::{Level, Log, Parallel};
@@ -15,8 +15,8 @@ const SPINS: usize = 500;
 pub(super) struct Team {
     threads: usize,
     parallel: Option<Parallel>,
-    /// The pool, made at the first job, and again in the child of a fork. Behind a bare pointer because a lock that another thread held during
-    /// the fork would never open in the child.
+    /// The pool, made at the first job, and again in the child of a fork. Behind a bare pointer because a lock that
+    /// another thread held during the fork would never open in the child.
     pool: AtomicPtr<Pool>,
     log: Option<Log>,
 }

@@ -131,7 +131,8 @@ fn smooth_with<T: Real>(smoothing: &Smoothing<T>, factor: Option<T>, p: &[T], g:
     }
 }
 
-/// Sum of squares of elements `begin..end` of a slice's gradients, in float64 and a fixed order, and whether all are finite.
+/// Sum of squares of elements `begin..end` of a slice's gradients, in float64 and a fixed order, and whether all are
+/// finite.
 ///
 /// # Safety
 /// The slice was checked.
