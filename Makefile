@@ -74,7 +74,7 @@ lib-sanitized: tools
 tools: target/.tools
 
 target/.tools: Makefile python_shim/pyproject.toml
-	@command -v cargo >/dev/null || { echo "Rust is missing: install cargo 1.88 or later"; exit 1; }
+	@command -v cargo >/dev/null || { echo "Rust is missing: install cargo 1.89 or later"; exit 1; }
 	missing=; for pair in cmake:cmake ninja:ninja-build g++:g++ nm:binutils; do \
 	  command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
 	test -e /usr/include/gtest/gtest.h || missing="$$missing libgtest-dev"; \

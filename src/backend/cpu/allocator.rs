@@ -755,7 +755,7 @@ fn sum_of_scores<T: Real>(isa: Isa, ipt: &[T], unc: &[T]) -> f64 {
         Isa::Portable => sum_of_scores_with(ipt, unc),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has it.
-        Isa::Avx2 => unsafe { sum_of_scores_avx2(ipt, unc) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { sum_of_scores_avx2(ipt, unc) },
     }
 }
 
@@ -786,7 +786,7 @@ fn add_each_score<T: Real>(isa: Isa, ipt: &[T], unc: &[T], to: &mut [f64]) {
         Isa::Portable => add_each_score_with(ipt, unc, to),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has it.
-        Isa::Avx2 => unsafe { add_each_score_avx2(ipt, unc, to) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { add_each_score_avx2(ipt, unc, to) },
     }
 }
 

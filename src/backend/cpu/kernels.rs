@@ -41,21 +41,17 @@ pub(super) enum Order {
 /// `out[i, j] = sum_k x[i, k] * p[j, k]` for i below m, j below n, k below `length`.
 ///
 /// # Safety
-/// All rows can be read, and m rows of n elements written, and the output overlaps no input. For `Isa::Avx2`
-/// the processor has it.
-pub(super) unsafe fn dot<T: Real>(
-    isa: Isa,
-    (m, n, length): (usize, usize, usize),
-    x: Rows<T>,
-    p: Rows<T>,
-    out: Rows<T>,
-) {
-    // SAFETY: as this function asks.
+/// All rows can be read, and m rows of n elements written, and the output overlaps no input. The processor has the
+/// instruction set.
+pub(super) unsafe fn dot<T: Real>(isa: Isa, size: (usize, usize, usize), x: Rows<T>, p: Rows<T>, out: Rows<T>) {
+    // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
     unsafe {
         match isa {
-            Isa::Portable => dot_with::<T::Portable>(m, n, length, x, p, out),
+            Isa::Portable => dot_with::<T::Portable, 4, 2>(size, x, p, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => dot_avx2::<T::Avx2>(m, n, length, x, p, out),
+            Isa::Avx2 => dot_avx2::<T::Avx2>(size, x, p, out),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => dot_avx512::<T::Avx512>(size, x, p, out),
         }
     }
 }
@@ -65,57 +61,58 @@ pub(super) unsafe fn dot<T: Real>(
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn dot_avx2<V: Vector>(
-    m: usize,
-    n: usize,
-    length: usize,
+    size: (usize, usize, usize),
     x: Rows<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { dot_with::<V>(m, n, length, x, p, out) }
+    unsafe { dot_with::<V, 4, 2>(size, x, p, out) }
+}
+
+/// # Safety
+/// As [`dot`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
+unsafe fn dot_avx512<V: Vector>(
+    size: (usize, usize, usize),
+    x: Rows<V::Element>,
+    p: Rows<V::Element>,
+    out: Rows<V::Element>,
+) {
+    // SAFETY: as this function asks.
+    unsafe { dot_with::<V, 4, 4>(size, x, p, out) }
 }
 
 /// # Safety
 /// As [`dot`].
 #[inline(always)]
-unsafe fn dot_with<V: Vector>(
-    m: usize,
-    n: usize,
-    length: usize,
+unsafe fn dot_with<V: Vector, const M: usize, const N: usize>(
+    (m, n, length): (usize, usize, usize),
     x: Rows<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
-    let mut i = 0;
-    while i < m {
-        let rows = (m - i).min(4);
-        let mut j = 0;
-        while j < n {
-            let columns = (n - j).min(3);
-            let (x, p) = (x.from(i), p.from(j));
-            let out = Rows::new(out.from(i).data.wrapping_add(j), out.stride);
-            // SAFETY: within the rows that this function may use.
-            unsafe {
-                match (rows, columns) {
-                    (4, 3) => dot_tile::<V, 4, 3>(length, x, p, out),
-                    (4, 2) => dot_tile::<V, 4, 2>(length, x, p, out),
-                    (4, 1) => dot_tile::<V, 4, 1>(length, x, p, out),
-                    (_, columns) => {
-                        for row in 0..rows {
-                            let (x, out) = (x.from(row), out.from(row));
-                            match columns {
-                                3 => dot_tile::<V, 1, 3>(length, x, p, out),
-                                2 => dot_tile::<V, 1, 2>(length, x, p, out),
-                                _ => dot_tile::<V, 1, 1>(length, x, p, out),
-                            }
-                        }
-                    }
-                }
+    let at = |i: usize, j: usize| Rows::new(out.from(i).data.wrapping_add(j), out.stride);
+    let (rows, columns) = (m - m % M, n - n % N);
+    // SAFETY: within the rows that this function may use.
+    unsafe {
+        for i in (0..rows).step_by(M) {
+            for j in (0..columns).step_by(N) {
+                dot_tile::<V, M, N>(length, x.from(i), p.from(j), at(i, j));
             }
-            j += columns;
+            for j in columns..n {
+                dot_tile::<V, M, 1>(length, x.from(i), p.from(j), at(i, j));
+            }
         }
-        i += rows;
+        for i in rows..m {
+            for j in (0..columns).step_by(N) {
+                dot_tile::<V, 1, N>(length, x.from(i), p.from(j), at(i, j));
+            }
+            for j in columns..n {
+                dot_tile::<V, 1, 1>(length, x.from(i), p.from(j), at(i, j));
+            }
+        }
     }
 }
 
@@ -161,25 +158,24 @@ unsafe fn dot_tile<V: Vector, const M: usize, const N: usize>(
 /// `out[i, j] += sum_k c[i, k] * p[k, j]` for i below m, k below `depth`, j below `length`.
 ///
 /// # Safety
-/// All coefficients and rows can be read, and m rows of `length` elements written, and the output overlaps no
-/// input. For `Isa::Avx2` the processor has it.
+/// All coefficients and rows can be read, and m rows of `length` elements written, and the output overlaps no input.
+/// The processor has the instruction set.
 pub(super) unsafe fn accumulate<T: Real>(
     isa: Isa,
     order: Order,
-    (m, depth, length): (usize, usize, usize),
+    size: (usize, usize, usize),
     c: Coefficients<T>,
     p: Rows<T>,
     out: Rows<T>,
 ) {
-    if depth == 0 {
-        return;
-    }
-    // SAFETY: as this function asks.
+    // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
     unsafe {
         match isa {
-            Isa::Portable => accumulate_with::<T::Portable>(order, m, depth, length, c, p, out),
+            Isa::Portable => accumulate_with::<T::Portable, 4, 2>(order, size, c, p, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => accumulate_avx2::<T::Avx2>(order, m, depth, length, c, p, out),
+            Isa::Avx2 => accumulate_avx2::<T::Avx2>(order, size, c, p, out),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => accumulate_avx512::<T::Avx512>(order, size, c, p, out),
         }
     }
 }
@@ -190,68 +186,89 @@ pub(super) unsafe fn accumulate<T: Real>(
 #[target_feature(enable = "avx2,fma")]
 unsafe fn accumulate_avx2<V: Vector>(
     order: Order,
-    m: usize,
-    depth: usize,
-    length: usize,
+    size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_with::<V>(order, m, depth, length, c, p, out) }
+    unsafe { accumulate_with::<V, 4, 2>(order, size, c, p, out) }
 }
-
-/// Columns of a tile, in vectors.
-const WIDE: usize = 3;
 
 /// # Safety
 /// As [`accumulate`].
-#[inline(always)]
-unsafe fn accumulate_with<V: Vector>(
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
+unsafe fn accumulate_avx512<V: Vector>(
     order: Order,
-    m: usize,
-    depth: usize,
-    length: usize,
+    size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
-    let tile = WIDE * V::LANES;
-    let (row_groups, column_groups) = (m.div_ceil(4), length.div_ceil(tile));
+    // SAFETY: as this function asks.
+    unsafe { accumulate_with::<V, 4, 4>(order, size, c, p, out) }
+}
+
+/// # Safety
+/// As [`accumulate`].
+#[inline(always)]
+unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
+    order: Order,
+    (m, depth, length): (usize, usize, usize),
+    c: Coefficients<V::Element>,
+    p: Rows<V::Element>,
+    out: Rows<V::Element>,
+) {
+    let wide = W * V::LANES;
+    let (row_groups, column_groups) = (m.div_ceil(M), length.div_ceil(wide));
     let (outer, inner) = if order == Order::ByRow { (row_groups, column_groups) } else { (column_groups, row_groups) };
     for a in 0..outer {
         for b in 0..inner {
-            let (i, j) = if order == Order::ByRow { (4 * a, tile * b) } else { (4 * b, tile * a) };
-            let (rows, columns) = ((m - i).min(4), (length - j).min(tile));
+            let (i, j) = if order == Order::ByRow { (M * a, wide * b) } else { (M * b, wide * a) };
+            let (rows, columns) = ((m - i).min(M), (length - j).min(wide));
             let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
             let p = Rows::new(p.data.wrapping_add(j), p.stride);
             let out = Rows::new(out.from(i).data.wrapping_add(j), out.stride);
             // SAFETY: within the rows and columns that this function may use.
             unsafe {
-                if columns == tile {
-                    match rows {
-                        4 => accumulate_tile::<V, 4, WIDE>(depth, c, p, out),
-                        3 => accumulate_tile::<V, 3, WIDE>(depth, c, p, out),
-                        2 => accumulate_tile::<V, 2, WIDE>(depth, c, p, out),
-                        _ => accumulate_tile::<V, 1, WIDE>(depth, c, p, out),
-                    }
+                if rows == M && columns == wide {
+                    accumulate_tile::<V, M, W>(depth, c, p, out);
                 } else {
-                    let whole = columns / V::LANES;
-                    for v in 0..whole {
-                        let p = Rows::new(p.data.wrapping_add(v * V::LANES), p.stride);
-                        let out = Rows::new(out.data.wrapping_add(v * V::LANES), out.stride);
-                        match rows {
-                            4 => accumulate_tile::<V, 4, 1>(depth, c, p, out),
-                            3 => accumulate_tile::<V, 3, 1>(depth, c, p, out),
-                            2 => accumulate_tile::<V, 2, 1>(depth, c, p, out),
-                            _ => accumulate_tile::<V, 1, 1>(depth, c, p, out),
-                        }
-                    }
-                    accumulate_rest(rows, depth, whole * V::LANES..columns, c, p, out);
+                    accumulate_edge::<V, M>((rows, depth, columns), c, p, out);
                 }
             }
         }
     }
+}
+
+/// # Safety
+/// As [`accumulate`], for at most M rows.
+#[inline(always)]
+unsafe fn accumulate_edge<V: Vector, const M: usize>(
+    (rows, depth, columns): (usize, usize, usize),
+    c: Coefficients<V::Element>,
+    p: Rows<V::Element>,
+    out: Rows<V::Element>,
+) {
+    let whole = columns - columns % V::LANES;
+    for j in (0..whole).step_by(V::LANES) {
+        let p = Rows::new(p.data.wrapping_add(j), p.stride);
+        let out = Rows::new(out.data.wrapping_add(j), out.stride);
+        // SAFETY: as this function asks.
+        unsafe {
+            if rows == M {
+                accumulate_tile::<V, M, 1>(depth, c, p, out);
+            } else {
+                for i in 0..rows {
+                    let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
+                    accumulate_tile::<V, 1, 1>(depth, c, p, out.from(i));
+                }
+            }
+        }
+    }
+    // SAFETY: as this function asks.
+    unsafe { accumulate_rest(rows, depth, whole..columns, c, p, out) };
 }
 
 /// # Safety
@@ -315,11 +332,7 @@ mod tests {
     use super::*;
 
     fn isas() -> Vec<Isa> {
-        let mut all = vec![Isa::Portable];
-        if Isa::detect() != Isa::Portable {
-            all.push(Isa::detect());
-        }
-        all
+        Isa::ALL.iter().copied().filter(|isa| isa.is_available()).collect()
     }
 
     /// Small whole numbers: sums are exact, so that every order of adding gives the same.

@@ -11,23 +11,49 @@ pub(super) enum Isa {
     /// AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// AVX-512 F, DQ and VL.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl Isa {
+    /// The better the later.
+    pub(super) const ALL: &[Self] = &[
+        Self::Portable,
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx2,
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx512,
+    ];
+
+    /// Whether this processor has it.
+    pub(super) fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+        }
+    }
+
     /// The best that this processor has.
     pub(super) fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return Self::Avx2;
-        }
-        Self::Portable
+        Self::ALL.iter().copied().rev().find(|isa| isa.is_available()).unwrap_or(Self::Portable)
     }
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => "AVX2 and FMA",
+            Self::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "AVX-512",
         }
     }
 }
@@ -39,6 +65,8 @@ pub(super) trait Real:
     type Portable: Vector<Element = Self>;
     #[cfg(target_arch = "x86_64")]
     type Avx2: Vector<Element = Self>;
+    #[cfg(target_arch = "x86_64")]
+    type Avx512: Vector<Element = Self>;
 
     fn from_f64(value: f64) -> Self;
 }
@@ -47,6 +75,8 @@ impl Real for f32 {
     type Portable = Lanes<f32, 8>;
     #[cfg(target_arch = "x86_64")]
     type Avx2 = x86::F32x8;
+    #[cfg(target_arch = "x86_64")]
+    type Avx512 = x86::F32x16;
 
     fn from_f64(value: f64) -> Self {
         value as f32
@@ -57,6 +87,8 @@ impl Real for f64 {
     type Portable = Lanes<f64, 4>;
     #[cfg(target_arch = "x86_64")]
     type Avx2 = x86::F64x4;
+    #[cfg(target_arch = "x86_64")]
+    type Avx512 = x86::F64x8;
 
     fn from_f64(value: f64) -> Self {
         value
@@ -131,89 +163,88 @@ mod x86 {
     use super::Vector;
     use std::arch::x86_64::*;
 
-    #[derive(Clone, Copy)]
-    pub struct F32x8(__m256);
+    /// Implements a vector by intrinsics; `$sum` adds its lanes.
+    macro_rules! vector {
+        ($name:ident($register:ty) of $lanes:literal $element:ty:
+            $splat:ident, $load:ident, $store:ident, $mul_add:ident, $sum:expr) => {
+            #[derive(Clone, Copy)]
+            pub struct $name($register);
 
-    #[derive(Clone, Copy)]
-    pub struct F64x4(__m256d);
+            // SAFETY of all blocks: only kernels use the type that run after its instruction set was found
+            // (`Isa::is_available`); addresses are as the functions ask.
+            impl Vector for $name {
+                type Element = $element;
+                const LANES: usize = $lanes;
 
-    // SAFETY of all blocks below: these types are used by kernels alone that run after AVX2 and FMA were detected
-    // (`Isa::Avx2`).
+                #[inline(always)]
+                fn splat(value: $element) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $splat(value) })
+                }
 
-    impl Vector for F32x8 {
-        type Element = f32;
-        const LANES: usize = 8;
+                #[inline(always)]
+                unsafe fn load(from: *const $element) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $load(from) })
+                }
 
-        #[inline(always)]
-        fn splat(value: f32) -> Self {
-            // SAFETY: see above.
-            Self(unsafe { _mm256_set1_ps(value) })
-        }
+                #[inline(always)]
+                unsafe fn store(self, to: *mut $element) {
+                    // SAFETY: see above.
+                    unsafe { $store(to, self.0) }
+                }
 
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: see above, and as this function asks.
-            Self(unsafe { _mm256_loadu_ps(from) })
-        }
+                #[inline(always)]
+                fn mul_add(self, factor: Self, addend: Self) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $mul_add(self.0, factor.0, addend.0) })
+                }
 
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: see above, and as this function asks.
-            unsafe { _mm256_storeu_ps(to, self.0) }
-        }
-
-        #[inline(always)]
-        fn mul_add(self, factor: Self, addend: Self) -> Self {
-            // SAFETY: see above.
-            Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, addend.0) })
-        }
-
-        #[inline(always)]
-        fn sum(self) -> f32 {
-            // SAFETY: see above.
-            unsafe {
-                let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps(self.0, 1));
-                let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-                _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+                #[inline(always)]
+                fn sum(self) -> $element {
+                    let sum: unsafe fn($register) -> $element = $sum;
+                    // SAFETY: see above.
+                    unsafe { sum(self.0) }
+                }
             }
+        };
+    }
+
+    vector!(F32x8(__m256) of 8 f32:
+        _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps, sum_f32);
+    vector!(F64x4(__m256d) of 4 f64:
+        _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_fmadd_pd, sum_f64);
+    vector!(F32x16(__m512) of 16 f32:
+    _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps, |v| {
+        // SAFETY: see above.
+        unsafe { sum_f32(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))) }
+    });
+    vector!(F64x8(__m512d) of 8 f64:
+    _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_fmadd_pd, |v| {
+        // SAFETY: see above.
+        unsafe { sum_f64(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1))) }
+    });
+
+    /// # Safety
+    /// The processor has AVX2.
+    #[inline(always)]
+    unsafe fn sum_f32(v: __m256) -> f32 {
+        // SAFETY: as this function asks.
+        unsafe {
+            let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }
     }
 
-    impl Vector for F64x4 {
-        type Element = f64;
-        const LANES: usize = 4;
-
-        #[inline(always)]
-        fn splat(value: f64) -> Self {
-            // SAFETY: see above.
-            Self(unsafe { _mm256_set1_pd(value) })
-        }
-
-        #[inline(always)]
-        unsafe fn load(from: *const f64) -> Self {
-            // SAFETY: see above, and as this function asks.
-            Self(unsafe { _mm256_loadu_pd(from) })
-        }
-
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f64) {
-            // SAFETY: see above, and as this function asks.
-            unsafe { _mm256_storeu_pd(to, self.0) }
-        }
-
-        #[inline(always)]
-        fn mul_add(self, factor: Self, addend: Self) -> Self {
-            // SAFETY: see above.
-            Self(unsafe { _mm256_fmadd_pd(self.0, factor.0, addend.0) })
-        }
-
-        #[inline(always)]
-        fn sum(self) -> f64 {
-            // SAFETY: see above.
-            unsafe {
-                let two = _mm_add_pd(_mm256_castpd256_pd128(self.0), _mm256_extractf128_pd(self.0, 1));
-                _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
-            }
+    /// # Safety
+    /// The processor has AVX2.
+    #[inline(always)]
+    unsafe fn sum_f64(v: __m256d) -> f64 {
+        // SAFETY: as this function asks.
+        unsafe {
+            let two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+            _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
         }
     }
 }

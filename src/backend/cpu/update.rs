@@ -75,7 +75,7 @@ fn step<T: Real>(isa: Isa, adamw: &Coefficients<T>, factor: T, p: &mut [T], g: &
         Isa::Portable => step_with(adamw, factor, p, g, m, v),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has it.
-        Isa::Avx2 => unsafe { step_avx2(adamw, factor, p, g, m, v) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { step_avx2(adamw, factor, p, g, m, v) },
     }
 }
 
@@ -105,7 +105,7 @@ fn smooth<T: Real>(
         Isa::Portable => smooth_with(smoothing, factor, p, g, ipt, unc),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has it.
-        Isa::Avx2 => unsafe { smooth_avx2(smoothing, factor, p, g, ipt, unc) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { smooth_avx2(smoothing, factor, p, g, ipt, unc) },
     }
 }
 
@@ -176,7 +176,7 @@ fn squares<T: Real>(isa: Isa, g: &[T]) -> f64 {
         Isa::Portable => squares_with(g),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has it.
-        Isa::Avx2 => unsafe { squares_avx2(g) },
+        Isa::Avx2 | Isa::Avx512 => unsafe { squares_avx2(g) },
     }
 }
 
