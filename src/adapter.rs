@@ -73,8 +73,8 @@ impl Geometry {
 
     /// Checks triplets against the geometry: whole shapes, and one of `dtypes`.
     fn triplets(&self, raw: &RawTriplets, name: &str, dtypes: &[Dtype]) -> Result<Triplets> {
-        raw.a.expect(&format_args!("{name}.A").to_string(), self.rank, self.input.local, dtypes)?;
-        raw.b.expect(&format_args!("{name}.B").to_string(), self.output.local, self.rank, dtypes)?;
+        raw.a.expect(format_args!("{name}.A"), self.rank, self.input.local, dtypes)?;
+        raw.b.expect(format_args!("{name}.B"), self.output.local, self.rank, dtypes)?;
         let e = Vector::from_matrix(&raw.e, self.rank).filter(|e| dtypes.contains(&e.dtype)).ok_or_else(|| {
             Error::argument(
                 format_args!("{name}.E"),

@@ -7,14 +7,17 @@
 
 use crate::allocator::Model;
 use crate::allocator::state::{Fnv, HAS_PATTERN, Header, IS_FINAL, MAGIC, State};
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, reserve};
 
 const SIGNATURE: &[u8; 8] = b"ADALORA\0";
 const VERSION: u32 = 1;
+/// Counters stay where none of them can overflow.
+const MOST: u64 = 1 << 53;
 
 /// Bytes of a state.
-pub fn encode(model: &Model, state: &State) -> Vec<u8> {
-    let mut bytes = Vec::new();
+pub fn encode(model: &Model, state: &State) -> Result<Vec<u8>> {
+    let numbers = 1 + 3 * model.geometries.len() + 6 + state.clocks.len() + 1;
+    let mut bytes = reserve(SIGNATURE.len() + 8 + 8 * numbers + state.pattern.len(), "bytes")?;
     bytes.extend(SIGNATURE);
     bytes.extend(VERSION.to_le_bytes());
     bytes.extend([0; 4]);
@@ -30,7 +33,7 @@ pub fn encode(model: &Model, state: &State) -> Vec<u8> {
     }
     bytes.extend(&state.pattern);
     bytes.extend(Fnv::default().bytes(&bytes).0.to_le_bytes());
-    bytes
+    Ok(bytes)
 }
 
 /// The state in bytes, for a model of the same adapters.
@@ -51,7 +54,10 @@ pub fn decode(model: &Model, bytes: &[u8]) -> Result<State> {
     if found != expected {
         return Err(corrupt(format!("found checksum {found:016x}, expected {expected:016x}: damaged or cut short")));
     }
-    let mut rest = rest.get(4..).ok_or_else(|| short(rest))?;
+    let Some((reserved, mut rest)) = rest.split_first_chunk::<4>() else { return Err(short(rest)) };
+    if *reserved != [0; 4] {
+        return Err(corrupt(format!("found {reserved:02x?} after the version, expected zeros")));
+    }
     let mut number = || {
         let (first, more) = rest.split_first_chunk::<8>().ok_or_else(|| short(rest))?;
         rest = more;
@@ -72,32 +78,38 @@ pub fn decode(model: &Model, bytes: &[u8]) -> Result<State> {
             ));
         }
     }
-    let mut signed = |name: &str, lowest: i64| {
-        let value = number()? as i64;
-        if value < lowest {
-            return Err(corrupt(format!("found {name} {value}, expected at least {lowest}")));
-        }
-        Ok(value)
+    let last_step = number()? as i64;
+    let mut count = |name: &str| match number()? {
+        value if value <= MOST => Ok(value as i64),
+        value => Err(corrupt(format!("found {value} for the {name}, expected at most 2^53"))),
     };
     let header = Header {
         magic: MAGIC,
         model: model.digest,
-        last_step: signed("last step", i64::MIN)?,
-        steps: signed("number of steps", 0)?,
-        skipped: signed("number of skipped steps", 0)?,
-        irregular: signed("number of irregular steps", 0)?,
-        selections: signed("number of selections", 0)?,
-        flags: signed("flags", 0)?,
+        last_step,
+        steps: count("number of steps")?,
+        skipped: count("number of skipped steps")?,
+        irregular: count("number of irregular steps")?,
+        selections: count("number of selections")?,
+        flags: count("flags")?,
     };
     if ![0, HAS_PATTERN, HAS_PATTERN | IS_FINAL].contains(&header.flags) {
         return Err(corrupt(format!("found flags {:#x}, expected 0, 1 or 3", header.flags)));
     }
-    let clocks = (0..adapters).map(|_| signed("Adam's clock", 0)).collect::<Result<Vec<_>>>()?;
+    let mut clocks = reserve(model.geometries.len(), "clocks")?;
+    for _ in 0..adapters {
+        clocks.push(count("clock of an adapter")?);
+    }
     if rest.len() != model.triplets() {
         return Err(corrupt(format!("found a pattern of {} triplets, expected {}", rest.len(), model.triplets())));
     }
     if let Some(value) = rest.iter().find(|v| **v > 1) {
         return Err(corrupt(format!("found {value} in the pattern, expected 0 or 1")));
     }
-    Ok(State { header, clocks, pattern: rest.to_vec() })
+    if !header.has_pattern() && rest.contains(&0) {
+        return Err(corrupt("found a triplet that is not kept before there is a pattern".into()));
+    }
+    let mut pattern = reserve(rest.len(), "triplets")?;
+    pattern.extend(rest);
+    Ok(State { header, clocks, pattern })
 }

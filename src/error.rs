@@ -75,3 +75,17 @@ impl<T> At<T> for Result<T> {
         })
     }
 }
+
+/// Room for n elements; a status where there is none, since n comes from the caller.
+pub fn reserve<T>(n: usize, what: &str) -> Result<Vec<T>> {
+    let mut list = Vec::new();
+    match list.try_reserve_exact(n) {
+        Ok(()) => Ok(list),
+        Err(_) => Err(out_of_memory(n, what)),
+    }
+}
+
+/// There is no room for n elements.
+pub fn out_of_memory(n: usize, what: &str) -> Error {
+    Error::new(Code::OutOfMemory, format!("no memory for {n} {what}"))
+}

@@ -108,7 +108,7 @@ impl Matrix {
     }
 
     /// Refuses another shape, or another type than one of `dtypes`.
-    pub fn expect(&self, name: &str, rows: usize, columns: usize, dtypes: &[Dtype]) -> Result<()> {
+    pub fn expect(&self, name: impl std::fmt::Display, rows: usize, columns: usize, dtypes: &[Dtype]) -> Result<()> {
         if self.rows == rows && self.columns == columns && dtypes.contains(&self.dtype) {
             return Ok(());
         }

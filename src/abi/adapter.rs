@@ -178,11 +178,12 @@ pub unsafe extern "C" fn adalora_adapter_sizes(
 ) -> Status {
     guard("adalora_adapter_sizes", || {
         let workspace = output(workspace, "workspace")?;
+        let saved = read::one_or_null(saved, "saved")?;
         // SAFETY: the caller passes n readable descriptors at that stride, as the documentation asks.
         let adapters = unsafe { read::call_adapters(calls, stride, n) }?;
         let sizes = adapter::sizes(&adapters, read::count(tokens, "tokens")?)?;
         // SAFETY: `saved` has room for n values or is null, as the documentation asks.
-        unsafe { read::write_all(saved, &sizes.saved, "saved") }?;
+        unsafe { read::write_all(saved, &sizes.saved) };
         workspace.write(sizes.workspace);
         Ok(())
     })

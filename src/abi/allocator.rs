@@ -357,12 +357,15 @@ pub unsafe extern "C" fn adalora_allocator_read_sync(
         let allocator = required(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
         // SAFETY: the caller passes a writable report that begins with its size, or null, as the documentation asks.
         let size = unsafe { read::report_size(report) }?;
+        let pattern = read::one_or_null(pattern, "pattern")?;
+        let ranks = read::one_or_null(ranks, "ranks")?;
+        let adam_steps = read::one_or_null(adam_steps, "adam_steps")?;
         let snapshot = allocator.read_sync(stream.into())?;
         // SAFETY: each pointer has room for what the documentation says, or is null; `size` is the report's own.
         unsafe {
-            read::write_all(pattern, &snapshot.pattern, "pattern")?;
-            read::write_all(ranks, &snapshot.ranks, "ranks")?;
-            read::write_all(adam_steps, &snapshot.adam_steps, "adam_steps")?;
+            read::write_all(pattern, &snapshot.pattern);
+            read::write_all(ranks, &snapshot.ranks);
+            read::write_all(adam_steps, &snapshot.adam_steps);
             read::write_report(report, size, &snapshot.counters);
         }
         Ok(())

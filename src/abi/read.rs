@@ -8,7 +8,7 @@ use crate::adapter::{
 };
 use crate::allocator::{self, BudgetUnit, Config, Counters, Factor, HyperSource, SliceSource, StepSource};
 use crate::context::{Kind as BackendKind, Level, Settings};
-use crate::error::{At, Code, Error, Result};
+use crate::error::{At, Error, Result, reserve};
 use crate::tensor::{self, Address, Buffer, Dtype, Stream};
 use arrayvec::ArrayVec;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -237,15 +237,14 @@ pub(super) unsafe fn bytes<'a>(data: *const c_void, size: usize, name: &str) -> 
 /// Writes values to the host's memory, where they are wanted.
 ///
 /// # Safety
-/// `to` has room for them, or is null.
-pub(super) unsafe fn write_all<T: Copy>(to: *mut T, values: &[T], name: &str) -> Result<()> {
-    if let Some(to) = one_or_null(to, name)? {
-        // SAFETY: there is room, aligned, and the values are not in the caller's memory.
+/// The address, if any, has room for them and is aligned to them.
+pub(super) unsafe fn write_all<T: Copy>(to: Option<Address>, values: &[T]) {
+    if let Some(to) = to {
+        // SAFETY: as this function asks; the values are ours, and not in the caller's memory.
         unsafe {
             std::ptr::with_exposed_provenance_mut::<T>(to.0).copy_from_nonoverlapping(values.as_ptr(), values.len());
         }
     }
-    Ok(())
 }
 
 fn checked_matrix(m: &Matrix, name: &str) -> Result<tensor::Matrix> {
@@ -569,10 +568,7 @@ pub(super) unsafe fn allocator_config<'a>(desc: *const AllocatorDesc) -> Result<
         unit,
         sharded: flag(d.sharded, "desc.sharded")?,
     };
-    let mut adapters = Vec::new();
-    adapters
-        .try_reserve_exact(n)
-        .map_err(|_| Error::new(Code::OutOfMemory, format!("desc.adapters: no memory for {n} adapters")))?;
+    let mut adapters = reserve(n, "adapters")?;
     for i in 0..n {
         // SAFETY: the array holds n handles, as this function asks; it may lie at any address.
         let handle = unsafe { d.adapters.wrapping_add(i).read_unaligned() };
@@ -582,13 +578,6 @@ pub(super) unsafe fn allocator_config<'a>(desc: *const AllocatorDesc) -> Result<
     Ok((config, adapters))
 }
 
-fn reserve<T>(n: i64, name: &str) -> Result<Vec<T>> {
-    let mut list = Vec::new();
-    list.try_reserve_exact(count(n, name)?)
-        .map_err(|_| Error::new(Code::OutOfMemory, format!("{name}: no memory for {n}")))?;
-    Ok(list)
-}
-
 /// Slices to be bound.
 ///
 /// # Safety
@@ -596,7 +585,7 @@ fn reserve<T>(n: i64, name: &str) -> Result<Vec<T>> {
 pub(super) unsafe fn slices(from: *const Slice, stride: usize, n: i64) -> Result<Vec<SliceSource>> {
     // SAFETY: as this function asks.
     let descriptors = unsafe { array(from, stride, n, "slices") }?;
-    let mut list = reserve(n, "number of slices")?;
+    let mut list = reserve(count(n, "number of slices")?, "slices")?;
     for (i, slice) in descriptors.enumerate() {
         list.push(slice_source(&slice?).at_index("slices", i)?);
     }
@@ -640,7 +629,7 @@ fn slice_source(s: &Slice) -> Result<SliceSource> {
 pub(super) unsafe fn hypers(from: *const Hyper, stride: usize, n: i64) -> Result<Vec<HyperSource>> {
     // SAFETY: as this function asks.
     let descriptors = unsafe { array(from, stride, n, "hypers") }?;
-    let mut list = reserve(n, "number of hypers")?;
+    let mut list = reserve(count(n, "number of hypers")?, "hypers")?;
     for (i, hyper) in descriptors.enumerate() {
         let h = hyper?;
         let source = || {

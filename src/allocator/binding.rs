@@ -1,8 +1,9 @@
 //! Where everything lies: the caller's slices, checked against the model and against each other.
 
+use super::panels::{Panel, Panels, panels};
 use super::{Model, Sizes};
 use crate::adapter::ALIGNMENT;
-use crate::error::{At, Code, Error, Result};
+use crate::error::{At, Code, Error, Result, reserve};
 use crate::tensor::{Address, Dtype};
 use std::sync::Arc;
 
@@ -98,22 +99,6 @@ impl Slice {
     }
 }
 
-/// Some whole columns of a factor P, where P is A, or B transposed: for each of its rank rows, where they begin.
-#[derive(Clone, Debug)]
-pub struct Panel {
-    /// Position of the adapter.
-    pub adapter: usize,
-    /// A or B.
-    pub factor: Factor,
-    /// Number of columns.
-    pub columns: usize,
-    /// Another process counts them.
-    pub replica: bool,
-    /// Slice and element in it at which each row begins: one for each row of A; for B, whose rows lie across, one for
-    /// all.
-    pub rows: Vec<(usize, usize)>,
-}
-
 /// Where everything lies.
 pub struct Binding {
     /// Whose.
@@ -126,7 +111,7 @@ pub struct Binding {
     pub slices: Vec<Slice>,
     /// Hyperparameters.
     pub hypers: Vec<HyperSource>,
-    panels: std::result::Result<Vec<Panel>, String>,
+    panels: Panels,
     places: Vec<Place>,
 }
 
@@ -149,16 +134,18 @@ impl Binding {
         for (i, hyper) in hypers.iter().enumerate() {
             hyper.check().at_index("hypers", i)?;
         }
-        let mut slices = Vec::with_capacity(sources.len());
+        let mut slices = reserve(sources.len(), "slices")?;
         for (i, source) in sources.iter().enumerate() {
             slices.push(source.check(i, &model, hypers.len()).at_index("slices", i)?);
         }
-        slices.sort_by_key(|s| (s.adapter, s.factor, s.begin, s.index));
+        slices.sort_unstable_by_key(|s: &Slice| (s.adapter, s.factor, s.begin, s.index));
         check_coverage(&model, &slices)?;
         let places =
             check_overlaps(&slices, [("state", state, sizes.state), ("workspace", workspace, sizes.workspace)])?;
-        let panels = panels(&model, &slices);
-        Ok(Self { model, state, workspace, slices, hypers: hypers.to_vec(), panels, places })
+        let panels = panels(&model, &slices)?;
+        let mut own_hypers = reserve(hypers.len(), "hypers")?;
+        own_hypers.extend(hypers);
+        Ok(Self { model, state, workspace, slices, hypers: own_hypers, panels, places })
     }
 
     /// Whole columns of all factors; an error where this process owns some only in part.
@@ -343,7 +330,7 @@ fn overlap(name: &str, other: &str) -> Error {
 
 /// All arrays by address; refuses those that share memory.
 fn check_overlaps(slices: &[Slice], buffers: [(&'static str, Address, usize); 2]) -> Result<Vec<Place>> {
-    let mut places: Vec<Place> = Vec::with_capacity(7 * slices.len() + 2);
+    let mut places: Vec<Place> = reserve(7 * slices.len() + 2, "arrays")?;
     for (name, address, bytes) in buffers {
         places.push((address.0, address.0 + bytes, name, None));
     }
@@ -373,93 +360,4 @@ fn check_overlaps(slices: &[Slice], buffers: [(&'static str, Address, usize); 2]
         }
     }
     Ok(places)
-}
-
-/// Whole columns of each factor, or why there are none.
-fn panels(model: &Model, slices: &[Slice]) -> std::result::Result<Vec<Panel>, String> {
-    let mut panels = Vec::new();
-    for (adapter, geometry) in model.geometries.iter().enumerate() {
-        let first = slices.partition_point(|s| s.adapter < adapter);
-        let own = |factor| {
-            slices[first..]
-                .iter()
-                .enumerate()
-                .take_while(move |(_, s)| s.adapter == adapter)
-                .filter(move |(_, s)| s.factor == factor && !s.is_empty())
-                .map(move |(i, s)| (first + i, s))
-        };
-        if geometry.rank > 0 {
-            columns_of_a(
-                adapter,
-                geometry.rank,
-                geometry.input.whole,
-                &own(Factor::A).collect::<Vec<_>>(),
-                &mut panels,
-            )?;
-        }
-        for (i, slice) in own(Factor::B) {
-            if slice.begin % geometry.rank != 0 || slice.end % geometry.rank != 0 {
-                return Err(format!(
-                    "slices[{}]: found elements {} to {} of B of adapter {adapter}, expected whole rows of {} elements for \
-                     Gram matrices and orthogonality",
-                    slice.index, slice.begin, slice.end, geometry.rank
-                ));
-            }
-            panels.push(Panel {
-                adapter,
-                factor: Factor::B,
-                columns: slice.len() / geometry.rank,
-                replica: slice.replica,
-                rows: vec![(i, 0)],
-            });
-        }
-    }
-    Ok(panels)
-}
-
-fn columns_of_a(
-    adapter: usize,
-    rank: usize,
-    features: usize,
-    own: &[(usize, &Slice)],
-    panels: &mut Vec<Panel>,
-) -> std::result::Result<(), String> {
-    // Pieces of rows: (row, first column, one past the last, slice, element in the slice).
-    let mut pieces = Vec::new();
-    for (i, slice) in own {
-        let mut at = slice.begin;
-        while at < slice.end {
-            let row = at / features;
-            let end = slice.end.min((row + 1) * features);
-            pieces.push((row, at - row * features, end - row * features, *i, at - slice.begin));
-            at = end;
-        }
-    }
-    let mut cuts: Vec<usize> = pieces.iter().flat_map(|p| [p.1, p.2]).collect();
-    cuts.sort_unstable();
-    cuts.dedup();
-    for cut in cuts.windows(2) {
-        let (begin, end) = (cut[0], cut[1]);
-        let rows: Vec<_> = pieces.iter().filter(|p| p.1 <= begin && end <= p.2).collect();
-        if rows.is_empty() {
-            continue;
-        }
-        let slice_of = |i: usize| own.iter().find(|(k, _)| *k == i).map(|(_, s)| s);
-        let replicas = rows.iter().filter(|p| slice_of(p.3).is_some_and(|s| s.replica)).count();
-        if rows.len() != rank || (replicas != 0 && replicas != rank) {
-            return Err(format!(
-                "slices: found {} of {rank} rows ({replicas} of them replicas) for columns {begin} to {end} of A of adapter {adapter}, \
-                 expected whole columns for Gram matrices and orthogonality",
-                rows.len()
-            ));
-        }
-        panels.push(Panel {
-            adapter,
-            factor: Factor::A,
-            columns: end - begin,
-            replica: replicas > 0,
-            rows: rows.iter().map(|p| (p.3, p.4 + begin - p.1)).collect(),
-        });
-    }
-    Ok(())
 }

@@ -2,6 +2,7 @@
 
 pub mod binding;
 pub mod importance;
+pub mod panels;
 pub mod schedule;
 pub mod selection;
 pub mod state;
@@ -10,7 +11,7 @@ use crate::adapter::{Adapter, Geometry};
 use crate::backend::BoundAllocator;
 use crate::checkpoint;
 use crate::context::Context;
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, reserve};
 use crate::tensor::{Address, Region, Stream, disjoint};
 use arrayvec::ArrayVec;
 pub use binding::{Binding, Factor, HyperSource, SliceSource};
@@ -84,7 +85,10 @@ pub struct Model {
 impl Model {
     fn new(config: &Config, geometries: Vec<Geometry>) -> Result<Self> {
         config.check()?;
-        let (mut offsets, mut gram_offsets) = (vec![0], vec![0]);
+        let n = geometries.len() + 1;
+        let (mut offsets, mut gram_offsets) = (reserve(n, "adapters")?, reserve(n, "adapters")?);
+        offsets.push(0);
+        gram_offsets.push(0);
         let mut gram = 0usize;
         let mut triplets = 0usize;
         let (mut initial, mut target) = (0i64, 0i64);
@@ -104,7 +108,7 @@ impl Model {
                     Error::argument("desc.target_rank", config.target_rank, "a budget that fits 63 bits")
                 })?;
         }
-        if initial.max(target) > MAX_STEP {
+        if initial > MAX_STEP {
             return Err(too_many());
         }
         if target > initial {
@@ -276,7 +280,9 @@ impl Allocator {
                 "the allocator's",
             ));
         }
-        let model = Model::new(&config, adapters.iter().map(|a| *a.geometry()).collect())?;
+        let mut geometries = reserve(adapters.len(), "adapters")?;
+        geometries.extend(adapters.iter().map(|a| *a.geometry()));
+        let model = Model::new(&config, geometries)?;
         Ok(Self { context: Arc::clone(context), model: Arc::new(model), bound: RwLock::new(None) })
     }
 
@@ -495,9 +501,9 @@ impl Allocator {
         if !header.has_pattern() {
             pattern.fill(1);
         }
-        let ranks: Vec<i64> = (0..model.geometries.len())
-            .map(|a| pattern[model.range(a)].iter().map(|kept| i64::from(*kept)).sum())
-            .collect();
+        let adapters = model.geometries.len();
+        let mut ranks: Vec<i64> = reserve(adapters, "ranks")?;
+        ranks.extend((0..adapters).map(|a| pattern[model.range(a)].iter().map(|kept| i64::from(*kept)).sum::<i64>()));
         let costs = model.geometries.iter().map(|g| g.cost() as i64);
         let started = header.steps > 0;
         let counters = Counters {
@@ -520,7 +526,7 @@ impl Allocator {
 
     /// The state as bytes.
     pub fn save_state_sync(&self, stream: Stream) -> Result<Vec<u8>> {
-        Ok(checkpoint::encode(&self.model, &self.reading()?.read_sync(stream)?))
+        checkpoint::encode(&self.model, &self.reading()?.read_sync(stream)?)
     }
 
     /// The state from bytes.

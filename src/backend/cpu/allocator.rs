@@ -8,12 +8,13 @@ use super::kernels::{Coefficients, Order, Rows, accumulate, dot};
 use super::simd::{Isa, Real};
 use super::update::{Update, sum_of_squares};
 use crate::adapter::ALIGNMENT;
-use crate::allocator::binding::{Panel, Slice};
+use crate::allocator::binding::Slice;
 use crate::allocator::importance::{Smoothing, finite, score};
+use crate::allocator::panels::Panel;
 use crate::allocator::state::{HAS_PATTERN, Header, IS_FINAL, MAGIC, State, digest};
 use crate::allocator::{Binding, Factor, Model, StepSource, selection};
 use crate::backend::BoundAllocator;
-use crate::error::{Code, Error, Result};
+use crate::error::{Error, Result, reserve};
 use crate::optimizer::AdamW;
 use crate::regularizer::penalty;
 use crate::tensor::{Address, Dtype, Stream};
@@ -111,20 +112,24 @@ pub(super) unsafe fn bind(host: Arc<Host>, binding: Binding) -> Result<Box<dyn B
     let model = &binding.model;
     let layout = Layout::new(model, binding.slices.len(), host.team.threads())
         .ok_or_else(|| Error::argument("slices", binding.slices.len(), "fewer: the workspace overflows memory"))?;
-    let mut chunks = Vec::new();
+    let n_chunks = binding.slices.iter().map(|s| s.len().div_ceil(CHUNK)).sum();
+    let mut chunks = reserve(n_chunks, "chunks")?;
     for (i, slice) in binding.slices.iter().enumerate() {
         for begin in (0..slice.len()).step_by(CHUNK) {
             chunks.push(Chunk { slice: i, begin, end: (begin + CHUNK).min(slice.len()) });
         }
     }
-    let mut factors: Vec<FactorPanels> = Vec::new();
-    for (i, panel) in binding.panels().unwrap_or_default().iter().enumerate() {
+    let panels = binding.panels().unwrap_or_default();
+    let mut factors: Vec<FactorPanels> = reserve(panels.len(), "panels")?;
+    for (i, panel) in panels.iter().enumerate() {
         match factors.last_mut() {
             Some(last) if (last.adapter, last.factor) == (panel.adapter, panel.factor) => last.panels.end = i + 1,
             _ => factors.push(FactorPanels { adapter: panel.adapter, factor: panel.factor, panels: i..i + 1 }),
         }
     }
-    let first_slice = (0..=model.geometries.len()).map(|a| binding.slices.partition_point(|s| s.adapter < a)).collect();
+    let adapters = model.geometries.len();
+    let mut first_slice = reserve(adapters + 1, "adapters")?;
+    first_slice.extend((0..=adapters).map(|a| binding.slices.partition_point(|s| s.adapter < a)));
     let parallel = binding.slices.iter().map(Slice::len).sum::<usize>() > SERIAL_ELEMENTS;
     let mut allocator = CpuAllocator { host, binding, layout, chunks, factors, first_slice, parallel };
     allocator.begin()?;
@@ -654,9 +659,11 @@ impl BoundAllocator for CpuAllocator {
 
     fn read_sync(&self, _: Stream) -> Result<State> {
         let (clocks, pattern) = (self.clocks(), self.pattern());
-        let mut state = State { header: self.header(), clocks: Vec::new(), pattern: Vec::new() };
-        let reserved = state.clocks.try_reserve_exact(clocks.len()).and(state.pattern.try_reserve_exact(pattern.len()));
-        reserved.map_err(|_| Error::new(Code::OutOfMemory, format!("no memory for {} triplets", pattern.len())))?;
+        let mut state = State {
+            header: self.header(),
+            clocks: reserve(clocks.len(), "clocks")?,
+            pattern: reserve(pattern.len(), "triplets")?,
+        };
         state.clocks.extend(clocks);
         state.pattern.extend(pattern);
         Ok(state)
