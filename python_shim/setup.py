@@ -17,7 +17,18 @@ from setuptools.command.sdist import sdist
 HERE = Path(__file__).resolve().parent
 LIBRARY = "libadalora.so"
 # What cargo needs of the crate; what is not there yet is left out.
-CRATE_FILES = ("Cargo.toml", "Cargo.lock", "build.rs", "README.md", "src", "include", "benches", "tests")
+CRATE_FILES = (
+    "Cargo.toml",
+    "Cargo.lock",
+    "build.rs",
+    "README.md",
+    "LICENSE-APACHE",
+    "LICENSE-MIT",
+    "src",
+    "include",
+    "benches",
+    "tests",
+)
 
 
 def crate() -> Path:
@@ -44,8 +55,10 @@ def build_library() -> Path:
         "--message-format",
         "json-render-diagnostics",
     ]
-    messages = subprocess.run(command, cwd=crate(), check=True, stdout=subprocess.PIPE, text=True).stdout
-    for message in map(json.loads, messages.splitlines()):
+    done = subprocess.run(command, cwd=crate(), stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"cargo could not build the library: status {done.returncode}")
+    for message in map(json.loads, done.stdout.splitlines()):
         if message["reason"] == "compiler-artifact" and message["target"]["name"] == "adalora":
             for file in message["filenames"]:
                 if file.endswith(".so"):
