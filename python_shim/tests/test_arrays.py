@@ -185,3 +185,22 @@ def test_triplets_are_asked_for_by_name(context: adalora.Context) -> None:
         adapter.initialize(params._replace(B=np.zeros((1, 2), np.float32)), 1)
     with pytest.raises(adalora.InvalidArgumentError, match=r"^params\.E: .*float64"):
         adapter.initialize(Triplets(params.A, np.zeros(1), params.B), 1)
+
+
+def test_training_without_ml_dtypes(context: adalora.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train() -> tuple[str, bytes]:
+        adapter = adalora.Adapter(context, 5, 4, init_r=3, dtype="bfloat16")
+        params, grads = adapter.new_params(3), adapter.zeros("bfloat16")
+        allocator = adalora.Allocator(context, [adapter], target_r=1, total_step=10)
+        training = allocator.bind_all([params], [grads], hyper=adalora.Hyper(0.1))
+        training.zero_grad()
+        allocator.orthogonality(0.5)
+        allocator.step(1)
+        bits = [array.bits if isinstance(array, adalora.BFloat16) else array for array in (*params, *grads)]
+        return type(params.A).__name__, b"".join(array.tobytes() for array in bits)
+
+    with_package = train()
+    monkeypatch.setattr(adalora.arrays, "_BFLOAT16", None)
+    without = train()
+    assert (with_package[0], without[0]) == ("ndarray", "BFloat16")
+    assert with_package[1] == without[1]

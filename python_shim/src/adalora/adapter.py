@@ -353,7 +353,8 @@ class Share(NamedTuple):
 class GroupCall:
     """Forward and backward of one or several adapters that read the same x, prepared once and then run every step.
 
-    It keeps the addresses of all its arrays, and the arrays alive: fill them anew for each step, in place.
+    It keeps the addresses of all its arrays, and the arrays alive: fill them anew for each step, in place. One thread
+    at a time may run it.
 
     Args:
         shares: each adapter's share: query, key and value of one attention layer, for example.
