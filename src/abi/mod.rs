@@ -9,5 +9,7 @@ mod allocator;
 mod context;
 mod guard;
 mod read;
+#[cfg(test)]
+mod sequences;
 mod status;
 mod types;
