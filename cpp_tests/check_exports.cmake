@@ -1,0 +1,46 @@
+# What the library shows to its host: the header's functions and no other symbol, a soname, and the libraries that every
+# process has. Run with -DLIBRARY= -DHEADER= -DNM= -DREADELF=.
+
+cmake_minimum_required(VERSION 3.18)
+
+function(run output)
+  execute_process(COMMAND ${ARGN} OUTPUT_VARIABLE text RESULT_VARIABLE failed)
+  if(failed)
+    message(FATAL_ERROR "${ARGN}: ${failed}")
+  endif()
+  set(${output} "${text}" PARENT_SCOPE)
+endfunction()
+
+file(READ "${HEADER}" header)
+string(REGEX REPLACE "//[^\n]*" "" header "${header}")
+string(REGEX MATCHALL "adalora_[a-z0-9_]+\\(" declared "${header}")
+string(REPLACE "(" "" declared "${declared}")
+
+run(symbols ${NM} -D --defined-only "${LIBRARY}")
+string(REGEX MATCHALL "[^\n ]+\n" defined "${symbols}")
+string(REPLACE "\n" "" defined "${defined}")
+
+foreach(name IN LISTS defined)
+  if(NOT name IN_LIST declared)
+    message(SEND_ERROR "exported, and not in the header: ${name}")
+  endif()
+endforeach()
+foreach(name IN LISTS declared)
+  if(NOT name IN_LIST defined)
+    message(SEND_ERROR "in the header, and not exported: ${name}")
+  endif()
+endforeach()
+list(LENGTH defined count)
+message(STATUS "${count} functions")
+
+run(dynamic ${READELF} -d "${LIBRARY}")
+if(NOT dynamic MATCHES "SONAME[^\n]*\\[libadalora\\.so\\.[0-9]+\\]")
+  message(SEND_ERROR "no versioned soname")
+endif()
+string(REGEX MATCHALL "\\(NEEDED\\)[^\n]*\\[[^]]+\\]" needed "${dynamic}")
+foreach(entry IN LISTS needed)
+  string(REGEX REPLACE ".*\\[([^]]+)\\]" "\\1" name "${entry}")
+  if(NOT name MATCHES "^(libc\\.so\\.6|libm\\.so\\.6|libgcc_s\\.so\\.1|ld-linux-.*\\.so\\.[0-9]+)$")
+    message(SEND_ERROR "needs ${name}")
+  endif()
+endforeach()
