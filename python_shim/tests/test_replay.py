@@ -152,6 +152,28 @@ def test_a_changed_log_is_noticed(tmp_path: Path) -> None:
         assert text in done.stdout
 
 
+def test_what_is_no_case_fails(tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text("no case")
+    (tmp_path / "list.json").write_text("[]")
+    _, data = copied(tmp_path, "tiny", "damaged")
+    data.write_bytes(data.read_bytes()[:-1])
+    copied(tmp_path, "tiny", "whole")
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["FAIL", "damaged"],
+        ["FAIL", "list"],
+        ["FAIL", "text"],
+        ["ok", "whole"],
+    ]
+
+
+def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    done = run("--library", tmp_path / "nothing.so", GOLDEN)
+    assert done.returncode == 2
+    assert str(tmp_path / "nothing.so") in done.stderr.splitlines()[-1]
+
+
 def test_half_a_case_fails(tmp_path: Path) -> None:
     meta, data = copied(tmp_path, "tiny", "half")
     data.rename(tmp_path / "other.safetensors")
