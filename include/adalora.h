@@ -617,12 +617,14 @@ adalora_status_t adalora_allocator_budget(const struct adalora_allocator_t *allo
 
 // Gram matrices `A A^T` and `B^T B` of every adapter, summed over the owned elements that are not replicas.
 //
-// Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and likewise
-// for each row of B.
+// Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and each slice of
+// B holds whole rows.
 //
 // @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that share the
 // parameters sum it.
-adalora_status_t adalora_allocator_gram(struct adalora_allocator_t *allocator, double *gram, void *stream);
+adalora_status_t adalora_allocator_gram(struct adalora_allocator_t *allocator,
+                                        double *gram,
+                                        void *stream);
 
 // Orthogonal regularisation: the penalty `weight / (2 n) * (sum ||A A^T - I|| + ||B^T B - I||)` over the n adapters,
 // Frobenius norms, and its gradient times `factor` added to the gradients of A and B (paper: equation 4 without the
@@ -685,7 +687,7 @@ adalora_status_t adalora_allocator_scores(const struct adalora_allocator_t *allo
 // sets E of the others to 0. The first step at or past `total_step - tfinal` takes the last mask and clears the
 // averages; from then on the pattern is final and applied at every step.
 //
-// @param step Only `step->step` is read. Call it once per step, also after a step with `found_inf`.
+// @param step Of it, only `step->step` is used. Call it once per step, also after a step with `found_inf`.
 // @param scores As `adalora_allocator_scores` wrote them, summed where sharded; NULL: computed here where they are
 // needed.
 adalora_status_t adalora_allocator_select(struct adalora_allocator_t *allocator,

@@ -136,8 +136,8 @@ pub unsafe extern "C" fn adalora_allocator_budget(
 
 /// Gram matrices `A A^T` and `B^T B` of every adapter, summed over the owned elements that are not replicas.
 ///
-/// Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and likewise
-/// for each row of B.
+/// Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows, and each slice of
+/// B holds whole rows.
 ///
 /// @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that share the
 /// parameters sum it.
@@ -261,7 +261,7 @@ pub unsafe extern "C" fn adalora_allocator_scores(
 /// sets E of the others to 0. The first step at or past `total_step - tfinal` takes the last mask and clears the
 /// averages; from then on the pattern is final and applied at every step.
 ///
-/// @param step Only `step->step` is read. Call it once per step, also after a step with `found_inf`.
+/// @param step Of it, only `step->step` is used. Call it once per step, also after a step with `found_inf`.
 /// @param scores As `adalora_allocator_scores` wrote them, summed where sharded; NULL: computed here where they are
 /// needed.
 #[unsafe(no_mangle)]

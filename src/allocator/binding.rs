@@ -142,6 +142,11 @@ impl Binding {
         check_coverage(&model, &slices)?;
         let places =
             check_overlaps(&slices, [("state", state, sizes.state), ("workspace", workspace, sizes.workspace)])?;
+        for (i, hyper) in hypers.iter().enumerate() {
+            for (name, address) in [("lr", hyper.lr), ("weight_decay", hyper.weight_decay)] {
+                apart(&places, name, address, size_of::<f64>()).at_index("hypers", i)?;
+            }
+        }
         let panels = panels(&model, &slices)?;
         let mut own_hypers = reserve(hypers.len(), "hypers")?;
         own_hypers.extend(hypers);
@@ -155,11 +160,7 @@ impl Binding {
 
     /// Refuses an operand of a call that overlaps what is bound.
     pub fn apart(&self, name: &str, address: Address, bytes: usize) -> Result<()> {
-        let next = self.places.partition_point(|place| place.1 <= address.0);
-        match self.places.get(next).filter(|place| place.0 < address.0.saturating_add(bytes)) {
-            Some((_, _, other, index)) => Err(overlap(name, &named(other, *index))),
-            None => Ok(()),
-        }
+        apart(&self.places, name, address, bytes)
     }
 
     /// Refuses AdamW where moments or hyperparameters are not bound.
@@ -318,6 +319,14 @@ fn check_coverage(model: &Model, slices: &[Slice]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn apart(places: &[Place], name: &str, address: Address, bytes: usize) -> Result<()> {
+    let next = places.partition_point(|place| place.1 <= address.0);
+    match places.get(next).filter(|place| place.0 < address.0.saturating_add(bytes)) {
+        Some((_, _, other, index)) => Err(overlap(name, &named(other, *index))),
+        None => Ok(()),
+    }
 }
 
 fn named(name: &str, index: Option<usize>) -> String {

@@ -212,6 +212,22 @@ pub struct StepSource {
     pub has_grad: Option<Address>,
 }
 
+impl StepSource {
+    /// Refuses values in what the step writes.
+    fn check(&self, binding: &Binding) -> Result<()> {
+        let flags = binding.model.geometries.len();
+        for (name, address, bytes) in [
+            ("step.step", Some(self.step), size_of::<i64>()),
+            ("step.grad_factor", self.grad_factor, size_of::<f64>()),
+            ("step.found_inf", self.found_inf, size_of::<f32>()),
+            ("step.has_grad", self.has_grad, flags),
+        ] {
+            address.map_or(Ok(()), |address| binding.apart(name, address, bytes))?;
+        }
+        Ok(())
+    }
+}
+
 /// Bytes of the buffers that the caller gives.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
@@ -373,7 +389,11 @@ impl Allocator {
             let inputs: ArrayVec<_, 2> = factor.into_iter().chain(gram).collect();
             disjoint(&[("value", value)], &inputs)?;
         }
-        for (name, address, bytes) in [("value", value, size_of::<f64>()), ("gram", gram, self.gram_bytes())] {
+        for (name, address, bytes) in [
+            ("value", value, size_of::<f64>()),
+            ("factor", factor, size_of::<f64>()),
+            ("gram", gram, self.gram_bytes()),
+        ] {
             address.map_or(Ok(()), |address| bound.binding().apart(name, address, bytes))?;
         }
         bound.orthogonality(gram, weight, factor, value, stream)
@@ -388,15 +408,21 @@ impl Allocator {
         stream: Stream,
     ) -> Result<()> {
         let mut bound = self.writing()?;
-        let sum = ("sum_of_squares", Region::contiguous(sum_of_squares, size_of::<f64>()));
-        let flags = has_grad.map(|h| ("has_grad", Region::contiguous(h, self.model.geometries.len())));
-        let mut outputs: ArrayVec<_, 2> = ArrayVec::from_iter([sum]);
+        let flags = has_grad.map(|h| (h, self.model.geometries.len()));
+        for (name, operand) in [
+            ("has_grad", flags),
+            ("sum_of_squares", Some((sum_of_squares, size_of::<f64>()))),
+            ("found_inf", found_inf.map(|f| (f, size_of::<f32>()))),
+        ] {
+            operand.map_or(Ok(()), |(address, bytes)| bound.binding().apart(name, address, bytes))?;
+        }
+        let mut outputs: ArrayVec<_, 2> = ArrayVec::new();
+        outputs.push(("sum_of_squares", Region::contiguous(sum_of_squares, size_of::<f64>())));
         if let Some(flag) = found_inf {
             outputs.push(("found_inf", Region::contiguous(flag, size_of::<f32>())));
-            bound.binding().apart("found_inf", flag, size_of::<f32>())?;
         }
+        let flags = flags.map(|(address, bytes)| ("has_grad", Region::contiguous(address, bytes)));
         disjoint(&outputs, flags.as_slice())?;
-        bound.binding().apart("sum_of_squares", sum_of_squares, size_of::<f64>())?;
         bound.gradient_norm(has_grad, sum_of_squares, found_inf, stream)
     }
 
@@ -410,6 +436,7 @@ impl Allocator {
             ));
         }
         let mut bound = self.writing()?;
+        step.check(bound.binding())?;
         if with_adamw {
             bound.binding().serves_adamw()?;
         }
@@ -444,6 +471,7 @@ impl Allocator {
     /// What the schedule says for the step.
     pub fn select(&self, step: &StepSource, scores: Option<Address>, stream: Stream) -> Result<()> {
         let mut bound = self.writing()?;
+        step.check(bound.binding())?;
         let scores = self.given_scores(&*bound, scores)?;
         bound.select(step, scores, stream)
     }
@@ -457,6 +485,7 @@ impl Allocator {
             ));
         }
         let mut bound = self.writing()?;
+        step.check(bound.binding())?;
         if with_adamw {
             bound.binding().serves_adamw()?;
         }

@@ -763,7 +763,7 @@ every step after the end), else 0. NULL: not asked for.
 replicas.
 
 Needs whole columns: for each column of an adapter's A that this process owns it owns all rank rows,
-and likewise for each row of B.
+and each slice of B holds whole rows.
 
 @param gram Receives them; its size and layout are those of `adalora_allocator_sizes`. Processes that
 share the parameters sum it.
@@ -870,7 +870,8 @@ order whose cost fits), and sets E of the others to 0. The first step at or past
 tfinal` takes the last mask and clears the averages; from then on the pattern is final and applied at
 every step.
 
-@param step Only `step->step` is read. Call it once per step, also after a step with `found_inf`.
+@param step Of it, only `step->step` is used. Call it once per step, also after a step with
+`found_inf`.
 @param scores As `adalora_allocator_scores` wrote them, summed where sharded; NULL: computed here
 where they are needed.
 """,

@@ -48,9 +48,6 @@ impl Schedule {
     }
 }
 
-/// Whether what a step reads is refused within what it writes.
-const WITHIN_BOUND: bool = false;
-
 /// What a look at an allocator showed.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Seen {
@@ -594,7 +591,7 @@ impl World {
     fn spoil_step(&self, i: usize, s: &mut StepValues, sharded: bool, expect: &mut Expect, w: &mut Choices) {
         let inside = self.within_bound(i, 8, w);
         match w.below(8) {
-            7 if WITHIN_BOUND && inside.is_some() => {
+            7 if inside.is_some() => {
                 (s.d.step, ()) = (inside.unwrap_or(std::ptr::null_mut()).cast(), expect.argument("step.step"));
             }
             0 => (s.null, ()) = (true, expect.argument("step")),

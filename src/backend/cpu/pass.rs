@@ -182,7 +182,8 @@ impl<T: Real> Share<T> {
 struct Partial<T> {
     a: Rows<T>,
     bt: Rows<T>,
-    e: *mut T,
+    /// In float64: the values are few, and their gradients decide what stays.
+    e: *mut f64,
 }
 
 impl<T: Real> Partial<T> {
@@ -541,7 +542,8 @@ impl<'a, T: Real> Run<'a, T> {
                 let Some(x) = masked.filter(|_| pass.stages.expand) else { continue };
                 for t in 0..m {
                     for k in 0..share.live {
-                        *partial.e.add(k) += *g.data.add(t * g.stride + k) * *h.data.add(t * h.stride + k);
+                        let (g, h) = (*g.data.add(t * g.stride + k), *h.data.add(t * h.stride + k));
+                        *partial.e.add(k) += Into::<f64>::into(g) * Into::<f64>::into(h);
                     }
                 }
                 Self::scale((m, share.active), g, share.e, T::one(), scaled);
@@ -620,8 +622,8 @@ impl<'a, T: Real> Run<'a, T> {
                         let value = |c: usize| row.map_or(T::default(), |row| *row.add(begin + c));
                         give(PIECE.min(a.columns - begin), accumulate, a.dtype, to, value);
                     }
-                    let sum = place(j, share.live).map_or(T::default(), |(total, k)| *total.e.add(k));
-                    give(1, accumulate, e.dtype, element(e, j), |_| sum);
+                    let sum = place(j, share.live).map_or(0.0, |(total, k)| *total.e.add(k));
+                    give(1, accumulate, e.dtype, element(e, j), |_| T::from_f64(sum));
                 }
             }
             if stages.project {
@@ -663,7 +665,7 @@ unsafe fn give<T: Real>(n: usize, accumulate: bool, dtype: Dtype, to: Address, v
 
 /// # Safety
 /// n elements can be read at `from`, and read and written at `to`; they do not overlap.
-unsafe fn add<T: Real>(n: usize, from: *const T, to: *mut T) {
+unsafe fn add<T: Copy + std::ops::AddAssign>(n: usize, from: *const T, to: *mut T) {
     for i in 0..n {
         // SAFETY: as this function asks.
         unsafe { *to.add(i) += *from.add(i) };
