@@ -10,7 +10,7 @@ pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"AdaLoRA\x01");
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
-    /// [`MAGIC`].
+    /// `MAGIC`.
     pub magic: u64,
     /// [`super::Model::digest`]: whose state it is.
     pub model: u64,
@@ -24,7 +24,7 @@ pub struct Header {
     pub irregular: i64,
     /// How often the pattern was chosen anew.
     pub selections: i64,
-    /// [`HAS_PATTERN`], [`IS_FINAL`].
+    /// `HAS_PATTERN`, `IS_FINAL`.
     pub flags: i64,
 }
 

@@ -590,7 +590,10 @@ impl World {
 
     fn spoil_step(&self, i: usize, s: &mut StepValues, sharded: bool, expect: &mut Expect, w: &mut Choices) {
         let inside = self.within_bound(i, 8, w);
-        match w.below(8) {
+        match w.below(9) {
+            8 if inside.is_some() => {
+                (s.d.has_grad, ()) = (inside.unwrap_or(std::ptr::null_mut()).cast(), expect.argument("step.has_grad"));
+            }
             7 if inside.is_some() => {
                 (s.d.step, ()) = (inside.unwrap_or(std::ptr::null_mut()).cast(), expect.argument("step.step"));
             }

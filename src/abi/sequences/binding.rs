@@ -435,7 +435,13 @@ impl World {
             7 if !a.hypers.is_empty() => {
                 let k = w.below(a.hypers.len());
                 let h = &mut a.hypers[k];
-                let name = match w.below(7) {
+                let name = match w.below(8) {
+                    7 => {
+                        let Some(piece) = bound.pieces.iter().find(|p| p.len() > 0) else { return };
+                        let inside = w.pick(&[piece.p.0, piece.g.0, piece.averages.0, bound.state]);
+                        h.lr = self.memory.pointer::<f64>(inside);
+                        "lr"
+                    }
                     0 => {
                         h.lr = w.pick(&[std::ptr::null(), h.lr.wrapping_byte_add(4)]);
                         "lr"
