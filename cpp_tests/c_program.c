@@ -1,9 +1,8 @@
 /* The library from C: a fresh adapter changes nothing, since its E is zero. */
 #include <adalora.h>
-
 #include <stdio.h>
 
-static adalora_matrix_t matrix(float *data, int64_t rows, int64_t columns) {
+static adalora_matrix_t matrix(float* data, int64_t rows, int64_t columns) {
   adalora_matrix_t m = {0};
   m.data = data;
   m.rows = rows;
@@ -12,7 +11,7 @@ static adalora_matrix_t matrix(float *data, int64_t rows, int64_t columns) {
   return m;
 }
 
-static int failed(const char *call) {
+static int failed(const char* call) {
   fprintf(stderr, "%s: %s\n", call, adalora_last_error());
   return 1;
 }
@@ -22,8 +21,8 @@ int main(void) {
   float a[rank * in], e[rank], b[out * rank], w[out * in];
   adalora_context_desc_t context_desc = {0};
   adalora_adapter_desc_t adapter_desc = {0};
-  adalora_context_t *context = NULL;
-  adalora_adapter_t *adapter = NULL;
+  adalora_context_t* context = NULL;
+  adalora_adapter_t* adapter = NULL;
   adalora_triplets_t params;
   adalora_matrix_t weight = matrix(w, out, in);
   int i, changed = 0;
@@ -38,12 +37,15 @@ int main(void) {
   adapter_desc.rank = rank;
   adapter_desc.param_dtype = ADALORA_FLOAT32;
   adapter_desc.activation_dtype = ADALORA_FLOAT32;
-  if (adalora_adapter_create(context, &adapter_desc, &adapter) != ADALORA_SUCCESS) return failed("adalora_adapter_create");
+  if (adalora_adapter_create(context, &adapter_desc, &adapter) != ADALORA_SUCCESS)
+    return failed("adalora_adapter_create");
   params.A = matrix(a, rank, in);
   params.E = matrix(e, 1, rank);
   params.B = matrix(b, out, rank);
-  if (adalora_adapter_initialize(adapter, &params, 1, NULL) != ADALORA_SUCCESS) return failed("adalora_adapter_initialize");
-  if (adalora_adapter_delta_weight(adapter, &params, 0, 0, 0, &weight, NULL) != ADALORA_SUCCESS) return failed("adalora_adapter_delta_weight");
+  if (adalora_adapter_initialize(adapter, &params, 1, NULL) != ADALORA_SUCCESS)
+    return failed("adalora_adapter_initialize");
+  if (adalora_adapter_delta_weight(adapter, &params, 0, 0, 0, &weight, NULL) != ADALORA_SUCCESS)
+    return failed("adalora_adapter_delta_weight");
   for (i = 0; i < out * in; ++i) changed += w[i] != 0.0f;
   adalora_adapter_destroy(adapter);
   adalora_context_destroy(context);

@@ -1,7 +1,6 @@
 // Ends in the way that its argument names, with a context whose pool has computed. Succeeds in silence.
 
 #include <adalora.h>
-
 #include <sys/wait.h>
 #include <unistd.h>
 

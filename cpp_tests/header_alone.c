@@ -1,6 +1,5 @@
 /* The header by itself in C11, twice. Compiling it is the test. */
 #include <adalora.h>
-#include <adalora.h>
 
 /* Values are embedded in descriptors, so that they keep their size for ever. */
 _Static_assert(sizeof(adalora_matrix_t) == 40, "adalora_matrix_t");

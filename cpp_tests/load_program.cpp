@@ -1,7 +1,7 @@
-// Loads the library that its argument names, computes, unloads it, several times; succeeds in silence where the process is then as it was.
+// Loads the library that its argument names, computes, unloads it, several times; succeeds in silence where the process
+// is then as it was.
 
 #include <adalora.h>
-
 #include <dlfcn.h>
 
 #include <cfenv>
@@ -38,9 +38,11 @@ struct Process {
 
   bool operator==(const Process& other) const {
     for (size_t i = 0; i < handlers.size(); ++i)
-      if (handlers[i].sa_handler != other.handlers[i].sa_handler || handlers[i].sa_flags != other.handlers[i].sa_flags) return false;
-    return signal_stack.ss_sp == other.signal_stack.ss_sp && std::memcmp(&blocked, &other.blocked, sizeof blocked) == 0 &&
-           rounding == other.rounding && exceptions == other.exceptions;
+      if (handlers[i].sa_handler != other.handlers[i].sa_handler || handlers[i].sa_flags != other.handlers[i].sa_flags)
+        return false;
+    return signal_stack.ss_sp == other.signal_stack.ss_sp &&
+           std::memcmp(&blocked, &other.blocked, sizeof blocked) == 0 && rounding == other.rounding &&
+           exceptions == other.exceptions;
   }
 };
 

@@ -1,12 +1,11 @@
 // What goes wrong in AdaLoRA implementations in use, one test each: here it must not.
 
-#include "operations/pass.hpp"
+#include <numeric>
 
+#include "operations/pass.hpp"
 #include "support/compare.hpp"
 #include "support/model.hpp"
 #include "support/random.hpp"
-
-#include <numeric>
 
 namespace {
 
@@ -16,7 +15,8 @@ int64_t live(const Model& model) { return model.report().live_triplets; }
 
 std::vector<double> all_E(const Model& model) {
   std::vector<double> all;
-  for (const oracle::Triplets<double>& p : model.contents(&Part::p)) all.insert(all.end(), p.E.values.begin(), p.E.values.end());
+  for (const oracle::Triplets<double>& p : model.contents(&Part::p))
+    all.insert(all.end(), p.E.values.begin(), p.E.values.end());
   return all;
 }
 
@@ -58,7 +58,8 @@ TEST(Faults, EqualRanksNeedNoMask) {
 
 class NonFinite : public testing::TestWithParam<std::tuple<double, int, bool>> {};
 
-// One gradient that is not finite costs one step: parameters and averages stay, the mask that falls on the step happens.
+// One gradient that is not finite costs one step: parameters and averages stay, the mask that falls on the step
+// happens.
 TEST_P(NonFinite, GradientCostsOneStep) {
   const auto [strange, matrix, flagged] = GetParam();
   const ModelCase c;
@@ -81,8 +82,8 @@ TEST_P(NonFinite, GradientCostsOneStep) {
   EXPECT_EQ(found_inf.get(), 1.0f);
   step.found_inf = flagged ? found_inf.data() : nullptr;  // NULL: the library looks itself
 
-  const std::vector<uint8_t> stays =
-      oracle::select(model.scores(), oracle::budget(masked, c.schedule, c.initial_budget(), c.target_budget()).first, c.costs());
+  const std::vector<uint8_t> stays = oracle::select(
+      model.scores(), oracle::budget(masked, c.schedule, c.initial_budget(), c.target_budget()).first, c.costs());
   Contents expected = model.contents(&Part::p);
   size_t i = 0;
   for (oracle::Triplets<double>& p : expected)
@@ -112,7 +113,8 @@ TEST_P(NonFinite, GradientCostsOneStep) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Faults, NonFinite,
-                         testing::Combine(testing::Values(HUGE_VAL, -HUGE_VAL, std::nan("")), testing::Values(0, 1, 2), testing::Bool()));
+                         testing::Combine(testing::Values(HUGE_VAL, -HUGE_VAL, std::nan("")), testing::Values(0, 1, 2),
+                                          testing::Bool()));
 
 TEST(Faults, AFactorThatIsNotFiniteCostsOneStep) {
   for (double factor : {HUGE_VAL, std::nan("")}) {
@@ -245,8 +247,8 @@ TEST(Faults, MergingManyTimesInBfloat16LeavesNoTrace) {
   require(adalora_adapter_create(host().context(), &desc, &handle));
   const Adapter adapter(handle);
   Random random(3);
-  const Tensor A(host(), bf16, random.matrix(4, 33)), E(host(), bf16, random.matrix(1, 4)), B(host(), bf16, random.matrix(17, 4)),
-      w(host(), bf16, random.matrix(17, 33)), backup(host(), bf16, 17, 33);
+  const Tensor A(host(), bf16, random.matrix(4, 33)), E(host(), bf16, random.matrix(1, 4)),
+      B(host(), bf16, random.matrix(17, 4)), w(host(), bf16, random.matrix(17, 33)), backup(host(), bf16, 17, 33);
   const adalora_triplets_t params{A.matrix(), E.matrix(), B.matrix()};
   const adalora_matrix_t base = w.matrix(), kept = backup.matrix();
   const Bytes before = w.bytes();
@@ -262,7 +264,8 @@ TEST(Faults, MergingManyTimesInBfloat16LeavesNoTrace) {
 }
 
 TEST(Faults, LayersMayHoldNoTriplet) {
-  for (const std::vector<LayerShape>& layers : {std::vector<LayerShape>{{7, 5, 4}, {13, 8, 0}, {6, 9, 5}}, {{7, 5, 0}, {13, 8, 0}}}) {
+  for (const std::vector<LayerShape>& layers :
+       {std::vector<LayerShape>{{7, 5, 4}, {13, 8, 0}, {6, 9, 5}}, {{7, 5, 0}, {13, 8, 0}}}) {
     ModelCase c;
     c.layers = layers;
     c.target_rank = layers[0].rank > 0 ? 1 : 0;
@@ -283,7 +286,8 @@ TEST(Faults, LayersMayHoldNoTriplet) {
 
 TEST(Faults, IrregularStepsAreReported) {
   Model model(host(), host().context(), ModelCase{});
-  const std::pair<int64_t, int64_t> steps_and_reports[] = {{0, 0}, {1, 0}, {1, 1}, {5, 1}, {3, 2}, {4, 2}, {4, 3}, {9, 3}};
+  const std::pair<int64_t, int64_t> steps_and_reports[] = {{0, 0}, {1, 0}, {1, 1}, {5, 1},
+                                                           {3, 2}, {4, 2}, {4, 3}, {9, 3}};
   for (const auto& [step, irregular] : steps_and_reports) {
     model.step(step);
     EXPECT_EQ(model.report().irregular, irregular) << "step " << step;
@@ -301,7 +305,8 @@ TEST_P(Overflow, OfProductsStaysFinite) {
   const double large = c.param == f64 ? 1e200 : c.param == f16 ? 6e4 : 1e30;
   for (int m : {0, 1, 2}) {
     const auto all_large = [&](Tensor& tensor) {
-      tensor.set(Dense<double>(tensor.rows(), tensor.columns(), std::vector<double>(static_cast<size_t>(tensor.rows() * tensor.columns()), large)));
+      tensor.set(Dense<double>(tensor.rows(), tensor.columns(),
+                               std::vector<double>(static_cast<size_t>(tensor.rows() * tensor.columns()), large)));
     };
     all_large(model.part(0, m).p);
     all_large(model.part(0, m).g);
@@ -316,7 +321,8 @@ TEST_P(Overflow, OfProductsStaysFinite) {
   EXPECT_EQ(model.ranks()[0], 4) << "the largest scores of all";
 }
 
-INSTANTIATE_TEST_SUITE_P(Faults, Overflow, testing::Values(f64, f32, bf16, f16), [](const auto& type) { return name_of(type.param); });
+INSTANTIATE_TEST_SUITE_P(Faults, Overflow, testing::Values(f64, f32, bf16, f16),
+                         [](const auto& type) { return name_of(type.param); });
 
 // What a mask took may come back: the scores of a masked triplet go on, since its E still receives a gradient.
 TEST(Faults, AMaskedTripletMayComeBack) {

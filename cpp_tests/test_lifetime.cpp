@@ -1,8 +1,5 @@
-// Handles over time, threads and processes: any order of destruction, concurrent calls, fork, exit, loading and unloading.
-
-#include "operations/pass.hpp"
-
-#include "support/model.hpp"
+// Handles over time, threads and processes: any order of destruction, concurrent calls, fork, exit, loading and
+// unloading.
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -12,6 +9,9 @@
 #include <filesystem>
 #include <memory>
 #include <thread>
+
+#include "operations/pass.hpp"
+#include "support/model.hpp"
 
 namespace {
 
@@ -196,7 +196,8 @@ TEST(Threads, ShareOneObjectInConstCalls) {
   std::vector<Tensor> buffers;
   for (int i = 0; i < 4; ++i)
     for (int m : {0, 1, 2}) buffers.emplace_back(host(), f64, m == 2 ? 5 : m == 0 ? 4 : 1, m == 0 ? 7 : 4);
-  for (size_t i = 0; i < 4; ++i) params[i] = {buffers[3 * i].matrix(), buffers[3 * i + 1].matrix(), buffers[3 * i + 2].matrix()};
+  for (size_t i = 0; i < 4; ++i)
+    params[i] = {buffers[3 * i].matrix(), buffers[3 * i + 1].matrix(), buffers[3 * i + 2].matrix()};
 
   std::vector<std::thread> threads;
   std::atomic<int> wrong{0};
@@ -346,7 +347,8 @@ Ended run_program(const std::vector<std::string>& command) {
 void expect_silent_success(const std::vector<std::string>& command) {
   const Ended ended = run_program(command);
   EXPECT_TRUE(WIFEXITED(ended.status) && WEXITSTATUS(ended.status) == 0)
-      << (WIFSIGNALED(ended.status) ? "signal " + std::to_string(WTERMSIG(ended.status)) : "exit " + std::to_string(WEXITSTATUS(ended.status)));
+      << (WIFSIGNALED(ended.status) ? "signal " + std::to_string(WTERMSIG(ended.status))
+                                    : "exit " + std::to_string(WEXITSTATUS(ended.status)));
   EXPECT_EQ(ended.output, "") << "the library writes to no stream";
 }
 

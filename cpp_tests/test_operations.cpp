@@ -1,10 +1,10 @@
 // Every operation against an independent computation: the rows of operations/ on each backend.
 
-#include "operations/operations.hpp"
-
 #include <gtest/gtest.h>
 
 #include <cctype>
+
+#include "operations/operations.hpp"
 
 namespace operations {
 namespace {
@@ -12,8 +12,9 @@ namespace {
 const std::vector<Case>& table() {
   static const std::vector<Case> rows = [] {
     std::vector<Case> all;
-    for (auto part : {initialize_cases, forward_backward_cases, dropout_cases, tensor_parallel_cases, weight_cases, regularizer_cases,
-                      gradient_norm_cases, update_cases, selection_cases, run_cases, determinism_cases})
+    for (auto part :
+         {initialize_cases, forward_backward_cases, dropout_cases, tensor_parallel_cases, weight_cases,
+          regularizer_cases, gradient_norm_cases, update_cases, selection_cases, run_cases, determinism_cases})
       for (Case& row : part()) all.push_back(std::move(row));
     return all;
   }();
@@ -36,8 +37,9 @@ void add_row(support::Backend& backend, const Case& row) {
       row.run(backend);
     }
   };
-  testing::RegisterTest(identifier(backend.name() + "_" + row.operation).c_str(), identifier(row.name).c_str(), nullptr, nullptr,
-                        __FILE__, __LINE__, [&backend, &row]() -> testing::Test* { return new Row(backend, row); });
+  testing::RegisterTest(identifier(backend.name() + "_" + row.operation).c_str(), identifier(row.name).c_str(), nullptr,
+                        nullptr, __FILE__, __LINE__,
+                        [&backend, &row]() -> testing::Test* { return new Row(backend, row); });
 }
 
 }  // namespace

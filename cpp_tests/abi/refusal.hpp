@@ -2,7 +2,6 @@
 #pragma once
 
 #include <adalora.h>
-
 #include <gtest/gtest.h>
 
 #include <string>
@@ -11,7 +10,7 @@
 namespace boundary {
 
 struct Refusal {
-  std::string what;                // the mistake, for the reader
+  std::string what;  // the mistake, for the reader
   adalora_status_t status;
   std::vector<std::string> words;  // the argument, what was found, what was expected
 };

@@ -1,11 +1,10 @@
 // Rank allocators: what is refused at creation and at bind.
 
-#include "refusal.hpp"
-
-#include "support/model.hpp"
-
 #include <functional>
 #include <limits>
+
+#include "refusal.hpp"
+#include "support/model.hpp"
 
 namespace boundary {
 namespace {
@@ -60,21 +59,29 @@ const Adapter& elsewhere() {
 TEST(AllocatorCreate, RefusesWhatMakesNoSense) {
   const BadCreation cases[] = {
       {{"no adapter", invalid, {"desc.n_adapters", "found 0"}}, [](auto& c) { c.desc.n_adapters = 0; }},
-      {{"a negative number of adapters", invalid, {"desc.n_adapters", "found -2"}}, [](auto& c) { c.desc.n_adapters = -2; }},
-      {{"a huge number of adapters", invalid, {"desc.n_adapters", std::to_string(huge)}}, [](auto& c) { c.desc.n_adapters = huge; }},
+      {{"a negative number of adapters", invalid, {"desc.n_adapters", "found -2"}},
+       [](auto& c) { c.desc.n_adapters = -2; }},
+      {{"a huge number of adapters", invalid, {"desc.n_adapters", std::to_string(huge)}},
+       [](auto& c) { c.desc.n_adapters = huge; }},
       {{"no array", invalid, {"desc.adapters", "NULL"}}, [](auto& c) { c.desc.adapters = nullptr; }},
-      {{"a hole in the array", ADALORA_ERROR_INVALID_HANDLE, {"desc.adapters[1]", "NULL"}}, [](auto& c) { c.adapters[1] = nullptr; }},
+      {{"a hole in the array", ADALORA_ERROR_INVALID_HANDLE, {"desc.adapters[1]", "NULL"}},
+       [](auto& c) { c.adapters[1] = nullptr; }},
       {{"a context in the array", ADALORA_ERROR_INVALID_HANDLE, {"desc.adapters[0]", "adalora_context_t"}},
        [](auto& c) { c.adapters[0] = reinterpret_cast<adalora_adapter_t*>(host().context()); }},
-      {{"an adapter of another context", invalid, {"desc.adapters[1]", "context"}}, [](auto& c) { c.adapters[1] = elsewhere().get(); }},
+      {{"an adapter of another context", invalid, {"desc.adapters[1]", "context"}},
+       [](auto& c) { c.adapters[1] = elsewhere().get(); }},
       {{"negative target", invalid, {"desc.target_rank", "found -1"}}, [](auto& c) { c.desc.target_rank = -1; }},
-      {{"huge target", invalid, {"desc.target_rank", std::to_string(huge)}}, [](auto& c) { c.desc.target_rank = huge; }},
-      {{"target above the initial ranks", invalid, {"desc.target_rank", "found 4", "8", "6"}}, [](auto& c) { c.desc.target_rank = 4; }},
+      {{"huge target", invalid, {"desc.target_rank", std::to_string(huge)}},
+       [](auto& c) { c.desc.target_rank = huge; }},
+      {{"target above the initial ranks", invalid, {"desc.target_rank", "found 4", "8", "6"}},
+       [](auto& c) { c.desc.target_rank = 4; }},
       {{"target above the initial parameters", invalid, {"desc.target_rank", "found 4", "104", "78"}},
        [](auto& c) { c.desc.target_rank = 4, c.desc.budget_unit = ADALORA_BUDGET_PARAMETERS; }},
       {{"negative tinit", invalid, {"desc.tinit", "found -1"}}, [](auto& c) { c.desc.tinit = -1; }},
-      {{"tinit at the end", invalid, {"desc.tinit", "found 7", "total_step - tfinal"}}, [](auto& c) { c.desc.tinit = 7; }},
-      {{"tinit after the end", invalid, {"desc.tinit", "found 8", "total_step - tfinal"}}, [](auto& c) { c.desc.tinit = 8; }},
+      {{"tinit at the end", invalid, {"desc.tinit", "found 7", "total_step - tfinal"}},
+       [](auto& c) { c.desc.tinit = 7; }},
+      {{"tinit after the end", invalid, {"desc.tinit", "found 8", "total_step - tfinal"}},
+       [](auto& c) { c.desc.tinit = 8; }},
       {{"huge tinit", invalid, {"desc.tinit", std::to_string(huge)}}, [](auto& c) { c.desc.tinit = huge; }},
       {{"negative tfinal", invalid, {"desc.tfinal", "found -1"}}, [](auto& c) { c.desc.tfinal = -1; }},
       {{"huge tfinal", invalid, {"desc.tfinal", std::to_string(huge)}}, [](auto& c) { c.desc.tfinal = huge; }},
@@ -95,7 +102,8 @@ TEST(AllocatorCreate, RefusesWhatMakesNoSense) {
       {{"another unit", invalid, {"desc.budget_unit", "found 3"}}, [](auto& c) { c.desc.budget_unit = 3; }},
       {{"no flag", invalid, {"desc.sharded", "found 2", "0 or 1"}}, [](auto& c) { c.desc.sharded = 2; }},
       {{"no size", invalid, {"desc.struct_size", "found 0"}}, [](auto& c) { c.desc.struct_size = 0; }},
-      {{"a size without the betas", invalid, {"desc.struct_size"}}, [](auto& c) { c.desc.struct_size = offsetof(adalora_allocator_desc_t, beta1); }},
+      {{"a size without the betas", invalid, {"desc.struct_size"}},
+       [](auto& c) { c.desc.struct_size = offsetof(adalora_allocator_desc_t, beta1); }},
   };
   std::vector<std::string> texts;
   for (const BadCreation& c : cases) {
@@ -103,7 +111,8 @@ TEST(AllocatorCreate, RefusesWhatMakesNoSense) {
     c.spoil(creation);
     auto* const before = reinterpret_cast<adalora_allocator_t*>(0x5a5a);
     adalora_allocator_t* allocator = before;
-    expect_refused("adalora_allocator_create", c.refusal, adalora_allocator_create(host().context(), &creation.desc, &allocator));
+    expect_refused("adalora_allocator_create", c.refusal,
+                   adalora_allocator_create(host().context(), &creation.desc, &allocator));
     EXPECT_EQ(allocator, before) << c.refusal.what << ": written on success alone";
     texts.emplace_back(adalora_last_error());
   }
@@ -114,8 +123,10 @@ TEST(AllocatorCreate, RefusesWhatMakesNoSense) {
   adalora_allocator_t* allocator = nullptr;
   expect_refused("adalora_allocator_create", {"no context", ADALORA_ERROR_INVALID_HANDLE, {"context", "NULL"}},
                  adalora_allocator_create(nullptr, &good.desc, &allocator));
-  expect_refused("adalora_allocator_create", {"no descriptor", invalid, {"desc", "NULL"}}, adalora_allocator_create(host().context(), nullptr, &allocator));
-  expect_refused("adalora_allocator_create", {"no output", invalid, {"allocator", "NULL"}}, adalora_allocator_create(host().context(), &good.desc, nullptr));
+  expect_refused("adalora_allocator_create", {"no descriptor", invalid, {"desc", "NULL"}},
+                 adalora_allocator_create(host().context(), nullptr, &allocator));
+  expect_refused("adalora_allocator_create", {"no output", invalid, {"allocator", "NULL"}},
+                 adalora_allocator_create(host().context(), &good.desc, nullptr));
   EXPECT_EQ(allocator, nullptr);
 }
 
@@ -134,7 +145,8 @@ TEST(AllocatorCreate, TakesWhatIsAtTheEdge) {
     Creation creation;
     c.spoil(creation);
     adalora_allocator_t* allocator = nullptr;
-    EXPECT_EQ(adalora_allocator_create(host().context(), &creation.desc, &allocator), ADALORA_SUCCESS) << c.refusal.what << ": " << adalora_last_error();
+    EXPECT_EQ(adalora_allocator_create(host().context(), &creation.desc, &allocator), ADALORA_SUCCESS)
+        << c.refusal.what << ": " << adalora_last_error();
     adalora_allocator_destroy(allocator);
   }
 }
@@ -144,7 +156,8 @@ TEST(AllocatorCreate, ServesOlderAndNewerDescriptors) {
   older.desc.struct_size = offsetof(adalora_allocator_desc_t, budget_unit);
   older.desc.budget_unit = older.desc.sharded = -1;  // beyond the caller's descriptor
   adalora_allocator_t* allocator = nullptr;
-  ASSERT_EQ(adalora_allocator_create(host().context(), &older.desc, &allocator), ADALORA_SUCCESS) << adalora_last_error();
+  ASSERT_EQ(adalora_allocator_create(host().context(), &older.desc, &allocator), ADALORA_SUCCESS)
+      << adalora_last_error();
   int64_t budget = 0;
   EXPECT_EQ(adalora_allocator_budget(allocator, 0, &budget, nullptr), ADALORA_SUCCESS);
   EXPECT_EQ(budget, 6) << "in triplets";
@@ -156,7 +169,8 @@ TEST(AllocatorCreate, ServesOlderAndNewerDescriptors) {
     int64_t unknown;
   } newer{creation.desc, 0};
   newer.known.struct_size = sizeof newer;
-  ASSERT_EQ(adalora_allocator_create(host().context(), &newer.known, &allocator), ADALORA_SUCCESS) << adalora_last_error();
+  ASSERT_EQ(adalora_allocator_create(host().context(), &newer.known, &allocator), ADALORA_SUCCESS)
+      << adalora_last_error();
   adalora_allocator_destroy(allocator);
   newer.unknown = -1;
   expect_refused("adalora_allocator_create", {"a newer field", invalid, {"desc", "struct_size"}},
@@ -193,7 +207,8 @@ struct Binding {
   }
 
   adalora_status_t bind() {
-    return adalora_allocator_bind(model.allocator(), state, workspace, slices_pointer, stride, n, hypers_pointer, hyper_stride, n_hyper, nullptr);
+    return adalora_allocator_bind(model.allocator(), state, workspace, slices_pointer, stride, n, hypers_pointer,
+                                  hyper_stride, n_hyper, nullptr);
   }
 };
 
@@ -215,7 +230,8 @@ void* moved(void* p, ptrdiff_t bytes) { return static_cast<char*>(p) + bytes; }
 const std::vector<BadBinding> bad_bindings = {
     {{"no state", invalid, {"state", "NULL"}}, [](Binding& b) { b.state = nullptr; }},
     {{"misaligned state", invalid, {"state", "64"}}, [](Binding& b) { b.state = moved(b.state, 32); }},
-    {{"a state of other memory", invalid, {"state"}}, [](Binding& b) { b.state_memory->write(Bytes(b.state_memory->size(), 0x3c)); }},
+    {{"a state of other memory", invalid, {"state"}},
+     [](Binding& b) { b.state_memory->write(Bytes(b.state_memory->size(), 0x3c)); }},
     {{"no workspace", invalid, {"workspace", "NULL"}}, [](Binding& b) { b.workspace = nullptr; }},
     {{"misaligned workspace", invalid, {"workspace", "64"}}, [](Binding& b) { b.workspace = moved(b.workspace, 16); }},
     {{"workspace over the state", invalid, {"overlaps", "state"}}, [](Binding& b) { b.workspace = b.state; }},
@@ -226,35 +242,46 @@ const std::vector<BadBinding> bad_bindings = {
     {{"a stride below the size", invalid, {"slices", "stride"}}, [](Binding& b) { b.stride -= 8; }},
     {{"no size", invalid, {"slices[2].struct_size", "found 0"}}, [](Binding& b) { b.slices[2].struct_size = 0; }},
     {{"negative adapter", invalid, {"slices[1].adapter", "found -1"}}, [](Binding& b) { b.slices[1].adapter = -1; }},
-    {{"adapter beyond the model", invalid, {"slices[1].adapter", "found 2"}}, [](Binding& b) { b.slices[1].adapter = 2; }},
+    {{"adapter beyond the model", invalid, {"slices[1].adapter", "found 2"}},
+     [](Binding& b) { b.slices[1].adapter = 2; }},
     {{"no matrix", invalid, {"slices[0].matrix", "found 0"}}, [](Binding& b) { b.slices[0].matrix = 0; }},
     {{"another matrix", invalid, {"slices[0].matrix", "found 4"}}, [](Binding& b) { b.slices[0].matrix = 4; }},
     {{"negative beginning", invalid, {"slices[0].begin", "-1"}}, [](Binding& b) { b.slices[0].begin = -1; }},
-    {{"an end before the beginning", invalid, {"slices[0]", "9", "8"}}, [](Binding& b) { b.slices[0].begin = 9, b.slices[0].end = 8; }},
+    {{"an end before the beginning", invalid, {"slices[0]", "9", "8"}},
+     [](Binding& b) { b.slices[0].begin = 9, b.slices[0].end = 8; }},
     {{"an end beyond the matrix", invalid, {"slices[0]", "29", "28"}}, [](Binding& b) { b.slices[0].end = 29; }},
     {{"a huge end", invalid, {"slices[0]", std::to_string(huge)}}, [](Binding& b) { b.slices[0].end = huge; }},
     {{"negative group", invalid, {"slices[5].hyper", "found -1"}}, [](Binding& b) { b.slices[5].hyper = -1; }},
     {{"a group beyond the table", invalid, {"slices[5].hyper", "found 1"}}, [](Binding& b) { b.slices[5].hyper = 1; }},
-    {{"another type of p", invalid, {"slices[0].p_dtype", "float64", "float32"}}, [](Binding& b) { b.slices[0].p_dtype = f64; }},
+    {{"another type of p", invalid, {"slices[0].p_dtype", "float64", "float32"}},
+     [](Binding& b) { b.slices[0].p_dtype = f64; }},
     {{"no type of p", invalid, {"slices[0].p_dtype", "found 17"}}, [](Binding& b) { b.slices[0].p_dtype = 17; }},
     {{"another type of g", invalid, {"slices[0].g_dtype", "float64"}}, [](Binding& b) { b.slices[0].g_dtype = f64; }},
     {{"no type of g", invalid, {"slices[0].g_dtype", "found -3"}}, [](Binding& b) { b.slices[0].g_dtype = -3; }},
     {{"no flag", invalid, {"slices[0].replica", "found 2", "0 or 1"}}, [](Binding& b) { b.slices[0].replica = 2; }},
-    {{"reserved", invalid, {"slices[3].reserved", "found 1", "expected 0"}}, [](Binding& b) { b.slices[3].reserved = 1; }},
+    {{"reserved", invalid, {"slices[3].reserved", "found 1", "expected 0"}},
+     [](Binding& b) { b.slices[3].reserved = 1; }},
     {{"no parameters", invalid, {"slices[0].p:", "NULL"}}, [](Binding& b) { b.slices[0].p = nullptr; }},
-    {{"misaligned parameters", invalid, {"slices[0].p:", "multiple of 4"}}, [](Binding& b) { b.slices[0].p = moved(b.slices[0].p, 2); }},
+    {{"misaligned parameters", invalid, {"slices[0].p:", "multiple of 4"}},
+     [](Binding& b) { b.slices[0].p = moved(b.slices[0].p, 2); }},
     {{"no gradients", invalid, {"slices[4].g:", "NULL"}}, [](Binding& b) { b.slices[4].g = nullptr; }},
-    {{"misaligned gradients", invalid, {"slices[4].g:", "multiple of"}}, [](Binding& b) { b.slices[4].g = moved(b.slices[4].g, 1); }},
+    {{"misaligned gradients", invalid, {"slices[4].g:", "multiple of"}},
+     [](Binding& b) { b.slices[4].g = moved(b.slices[4].g, 1); }},
     {{"one moment", invalid, {"slices[2].v", "NULL"}}, [](Binding& b) { b.slices[2].v = nullptr; }},
     {{"the other moment", invalid, {"slices[2].m", "NULL"}}, [](Binding& b) { b.slices[2].m = nullptr; }},
-    {{"misaligned moment", invalid, {"slices[2].m", "multiple of 4"}}, [](Binding& b) { b.slices[2].m = moved(b.slices[2].m, 2); }},
+    {{"misaligned moment", invalid, {"slices[2].m", "multiple of 4"}},
+     [](Binding& b) { b.slices[2].m = moved(b.slices[2].m, 2); }},
     {{"no average", invalid, {"slices[2].exp_avg_ipt", "NULL"}}, [](Binding& b) { b.slices[2].exp_avg_ipt = nullptr; }},
     {{"misaligned average", invalid, {"slices[2].exp_avg_ipt", "multiple of 4"}},
      [](Binding& b) { b.slices[2].exp_avg_ipt = moved(b.slices[2].exp_avg_ipt, 2); }},
-    {{"no uncertainty", invalid, {"slices[2].exp_avg_unc", "NULL"}}, [](Binding& b) { b.slices[2].exp_avg_unc = nullptr; }},
-    {{"averages in one place", invalid, {"overlaps", "exp_avg_"}}, [](Binding& b) { b.slices[2].exp_avg_unc = b.slices[2].exp_avg_ipt; }},
-    {{"gradients over parameters", invalid, {"overlaps", ".p", ".g"}}, [](Binding& b) { b.slices[2].g = b.slices[2].p, b.slices[2].g_dtype = f32; }},
-    {{"moments of two slices in one place", invalid, {"overlaps", ".m"}}, [](Binding& b) { b.slices[1].m = moved(b.slices[0].m, 8); }},
+    {{"no uncertainty", invalid, {"slices[2].exp_avg_unc", "NULL"}},
+     [](Binding& b) { b.slices[2].exp_avg_unc = nullptr; }},
+    {{"averages in one place", invalid, {"overlaps", "exp_avg_"}},
+     [](Binding& b) { b.slices[2].exp_avg_unc = b.slices[2].exp_avg_ipt; }},
+    {{"gradients over parameters", invalid, {"overlaps", ".p", ".g"}},
+     [](Binding& b) { b.slices[2].g = b.slices[2].p, b.slices[2].g_dtype = f32; }},
+    {{"moments of two slices in one place", invalid, {"overlaps", ".m"}},
+     [](Binding& b) { b.slices[1].m = moved(b.slices[0].m, 8); }},
     {{"parameters over the state", invalid, {"overlaps", "state"}}, [](Binding& b) { b.slices[1].p = b.state; }},
 
     {{"an element twice", invalid, {"slices[", "27", "A", "adapter 0"}},
@@ -270,21 +297,25 @@ const std::vector<BadBinding> bad_bindings = {
        b.n += 1;
      }},
     {{"a missing matrix", invalid, {"slices", "B", "adapter 1", "0", "18"}}, [](Binding& b) { b.n -= 1; }},
-    {{"missing first elements", invalid, {"slices", "E", "adapter 0", "0", "1"}}, [](Binding& b) { b.slices[1] = b.model.slice({0, 1, 1, 4}); }},
-    {{"missing last elements", invalid, {"slices", "A", "adapter 0", "20", "28"}}, [](Binding& b) { b.slices[0] = b.model.slice({0, 0, 0, 20}); }},
+    {{"missing first elements", invalid, {"slices", "E", "adapter 0", "0", "1"}},
+     [](Binding& b) { b.slices[1] = b.model.slice({0, 1, 1, 4}); }},
+    {{"missing last elements", invalid, {"slices", "A", "adapter 0", "20", "28"}},
+     [](Binding& b) { b.slices[0] = b.model.slice({0, 0, 0, 20}); }},
     {{"no slices at all", invalid, {"slices", "A", "adapter 0"}}, [](Binding& b) { b.n = 0; }},
 
     {{"no table", invalid, {"hypers", "NULL"}}, [](Binding& b) { b.hypers_pointer = nullptr; }},
     {{"a negative number of groups", invalid, {"hypers", "found -1"}}, [](Binding& b) { b.n_hyper = -1; }},
     {{"no stride of groups", invalid, {"stride of hypers", "found 0"}}, [](Binding& b) { b.hyper_stride = 0; }},
-    {{"no size of a group", invalid, {"hypers[0].struct_size", "found 0"}}, [](Binding& b) { b.hypers[0].struct_size = 0; }},
+    {{"no size of a group", invalid, {"hypers[0].struct_size", "found 0"}},
+     [](Binding& b) { b.hypers[0].struct_size = 0; }},
     {{"no learning rate", invalid, {"hypers[0].lr", "NULL"}}, [](Binding& b) { b.hypers[0].lr = nullptr; }},
     {{"misaligned learning rate", invalid, {"hypers[0].lr"}},
      [](Binding& b) { b.hypers[0].lr = static_cast<double*>(moved(b.lr.data(), 4)); }},
     {{"no decay", invalid, {"hypers[0].weight_decay", "NULL"}}, [](Binding& b) { b.hypers[0].weight_decay = nullptr; }},
     {{"beta1 1", invalid, {"hypers[0].beta1", "found 1"}}, [](Binding& b) { b.hypers[0].beta1 = 1; }},
     {{"negative beta1", invalid, {"hypers[0].beta1", "found -0.1"}}, [](Binding& b) { b.hypers[0].beta1 = -0.1; }},
-    {{"beta2 that is no number", invalid, {"hypers[0].beta2", "NaN"}}, [](Binding& b) { b.hypers[0].beta2 = std::nan(""); }},
+    {{"beta2 that is no number", invalid, {"hypers[0].beta2", "NaN"}},
+     [](Binding& b) { b.hypers[0].beta2 = std::nan(""); }},
     {{"negative eps", invalid, {"hypers[0].eps", "found -1"}}, [](Binding& b) { b.hypers[0].eps = -1; }},
     {{"infinite eps", invalid, {"hypers[0].eps", "inf"}}, [](Binding& b) { b.hypers[0].eps = HUGE_VAL; }},
 };
@@ -313,10 +344,14 @@ TEST(AllocatorBind, RefusesWhatMakesNoSense) {
   expect_all_refused(two_layers(f32), {{{"a half-precision copy of float32", invalid, {"slices[0].p_low", "float32"}},
                                         [](Binding& b) { b.slices[0].p_low = b.slices[0].exp_avg_ipt; }}});
   expect_all_refused(two_layers(bf16),
-                     {{{"a half-precision master", invalid, {"slices[0].p_dtype", "bfloat16", "float32"}}, [](Binding& b) { b.slices[0].p_dtype = bf16; }},
-                      {{"misaligned copy", invalid, {"slices[0].p_low", "multiple of 2"}}, [](Binding& b) { b.slices[0].p_low = moved(b.slices[0].p_low, 1); }},
-                      {{"a copy over the master", invalid, {"overlaps", "p_low"}}, [](Binding& b) { b.slices[0].p_low = b.slices[0].p; }},
-                      {{"a master without its copy", invalid, {"slices[0].p_dtype", "float32", "bfloat16"}}, [](Binding& b) { b.slices[0].p_low = nullptr; }}});
+                     {{{"a half-precision master", invalid, {"slices[0].p_dtype", "bfloat16", "float32"}},
+                       [](Binding& b) { b.slices[0].p_dtype = bf16; }},
+                      {{"misaligned copy", invalid, {"slices[0].p_low", "multiple of 2"}},
+                       [](Binding& b) { b.slices[0].p_low = moved(b.slices[0].p_low, 1); }},
+                      {{"a copy over the master", invalid, {"overlaps", "p_low"}},
+                       [](Binding& b) { b.slices[0].p_low = b.slices[0].p; }},
+                      {{"a master without its copy", invalid, {"slices[0].p_dtype", "float32", "bfloat16"}},
+                       [](Binding& b) { b.slices[0].p_low = nullptr; }}});
 }
 
 TEST(AllocatorBind, RefusesTheStateOfOtherAdapters) {
@@ -365,7 +400,8 @@ TEST(AllocatorBind, ServesOlderAndNewerDescriptors) {
   expect_refused("adalora_allocator_bind", {"a slice cut short", invalid, {"slices[1].struct_size"}}, shorter.bind());
   Binding without_eps(two_layers(f32));
   without_eps.hypers[0].struct_size = offsetof(adalora_hyper_t, eps);
-  expect_refused("adalora_allocator_bind", {"a group cut short", invalid, {"hypers[0].struct_size"}}, without_eps.bind());
+  expect_refused("adalora_allocator_bind", {"a group cut short", invalid, {"hypers[0].struct_size"}},
+                 without_eps.bind());
 }
 
 TEST(AllocatorBind, TakesSlicesInAnyOrderAndDefaultTypes) {
@@ -402,7 +438,9 @@ TEST(AllocatorBind, TakesAPartWhereSharded) {
 TEST(AllocatorSizes, RefusesWhatMakesNoSense) {
   const Binding binding(two_layers(f32));
   size_t state = 7, workspace = 7, gram = 7;
-  const auto sizes = [&](int64_t n) { return adalora_allocator_sizes(binding.model.allocator(), n, &state, &workspace, &gram); };
+  const auto sizes = [&](int64_t n) {
+    return adalora_allocator_sizes(binding.model.allocator(), n, &state, &workspace, &gram);
+  };
   expect_refused("adalora_allocator_sizes", {"a negative number", invalid, {"n_slices", "found -1"}}, sizes(-1));
   expect_refused("adalora_allocator_sizes", {"more than fit memory", invalid, {"n_slices"}}, sizes(huge));
   EXPECT_EQ(state, 7u);

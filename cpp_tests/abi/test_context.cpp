@@ -1,14 +1,13 @@
 // Versions, status names, the last error, contexts.
 
-#include "refusal.hpp"
-
-#include "support/backend.hpp"
-
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <set>
 #include <thread>
+
+#include "refusal.hpp"
+#include "support/backend.hpp"
 
 namespace boundary {
 namespace {
@@ -44,7 +43,8 @@ TEST(StatusName, NamesEveryStatus) {
       {ADALORA_ERROR_INTERNAL, "ADALORA_ERROR_INTERNAL"},
   };
   for (const auto& [status, name] : names) EXPECT_STREQ(adalora_status_name(status), name);
-  for (adalora_status_t other : {-1, 10, std::numeric_limits<adalora_status_t>::min(), std::numeric_limits<adalora_status_t>::max()})
+  for (adalora_status_t other :
+       {-1, 10, std::numeric_limits<adalora_status_t>::min(), std::numeric_limits<adalora_status_t>::max()})
     EXPECT_STREQ(adalora_status_name(other), "unknown status");
 }
 
@@ -84,10 +84,12 @@ TEST(ContextCreate, RefusesWhatMakesNoSense) {
       {{"too many threads", invalid, {"desc.threads", "found 1025", "0 to 1024"}}, [](auto& d) { d.threads = 1025; }},
       {{"reserved", invalid, {"desc.reserved", "found 7", "expected 0"}}, [](auto& d) { d.reserved = 7; }},
       {{"a cuBLAS handle", invalid, {"desc.cublas_handle", "expected NULL"}}, [](auto& d) { d.cublas_handle = &d; }},
-      {{"a folder", invalid, {"desc.library_folder", "found /opt", "expected NULL"}}, [](auto& d) { d.library_folder = "/opt"; }},
+      {{"a folder", invalid, {"desc.library_folder", "found /opt", "expected NULL"}},
+       [](auto& d) { d.library_folder = "/opt"; }},
       {{"no size", invalid, {"desc.struct_size", "found 0"}}, [](auto& d) { d.struct_size = 0; }},
       {{"a size without the backend", invalid, {"desc.struct_size", "found 8"}}, [](auto& d) { d.struct_size = 8; }},
-      {{"an absurd size", invalid, {"desc.struct_size"}}, [](auto& d) { d.struct_size = std::numeric_limits<size_t>::max(); }},
+      {{"an absurd size", invalid, {"desc.struct_size"}},
+       [](auto& d) { d.struct_size = std::numeric_limits<size_t>::max(); }},
   };
   for (const BadContext& c : cases) {
     adalora_context_desc_t desc = cpu();
@@ -99,8 +101,10 @@ TEST(ContextCreate, RefusesWhatMakesNoSense) {
   }
   const adalora_context_desc_t good = cpu();
   adalora_context_t* context = nullptr;
-  expect_refused("adalora_context_create", {"no descriptor", invalid, {"desc", "NULL"}}, adalora_context_create(nullptr, &context));
-  expect_refused("adalora_context_create", {"no output", invalid, {"context", "NULL"}}, adalora_context_create(&good, nullptr));
+  expect_refused("adalora_context_create", {"no descriptor", invalid, {"desc", "NULL"}},
+                 adalora_context_create(nullptr, &context));
+  expect_refused("adalora_context_create", {"no output", invalid, {"context", "NULL"}},
+                 adalora_context_create(&good, nullptr));
 }
 
 TEST(ContextCreate, SaysThatABackendIsNotHere) {
@@ -108,7 +112,8 @@ TEST(ContextCreate, SaysThatABackendIsNotHere) {
   desc.backend = ADALORA_BACKEND_CUDA;
   desc.device = 1 << 20;  // more devices than any machine has
   adalora_context_t* context = nullptr;
-  expect_refused("adalora_context_create", {"CUDA", ADALORA_ERROR_BACKEND_UNAVAILABLE, {"CUDA"}}, adalora_context_create(&desc, &context));
+  expect_refused("adalora_context_create", {"CUDA", ADALORA_ERROR_BACKEND_UNAVAILABLE, {"CUDA"}},
+                 adalora_context_create(&desc, &context));
   EXPECT_EQ(context, nullptr);
 }
 
@@ -128,7 +133,8 @@ TEST(ContextCreate, ServesOlderAndNewerDescriptors) {
   ASSERT_EQ(adalora_context_create(&newer.known, &context), ADALORA_SUCCESS) << adalora_last_error();
   adalora_context_destroy(context);
   newer.unknown[23] = 1;
-  expect_refused("adalora_context_create", {"a newer field", invalid, {"desc", "struct_size"}}, adalora_context_create(&newer.known, &context));
+  expect_refused("adalora_context_create", {"a newer field", invalid, {"desc", "struct_size"}},
+                 adalora_context_create(&newer.known, &context));
 }
 
 TEST(ContextDescribe, SaysHowLongTheTextIs) {
@@ -137,7 +143,8 @@ TEST(ContextDescribe, SaysHowLongTheTextIs) {
   std::vector<char> text(needed, '#');
 
   size_t room = needed - 1;
-  expect_refused("adalora_context_describe", {"too little room", invalid, {"text", std::to_string(needed - 1), std::to_string(needed)}},
+  expect_refused("adalora_context_describe",
+                 {"too little room", invalid, {"text", std::to_string(needed - 1), std::to_string(needed)}},
                  adalora_context_describe(host().context(), text.data(), &room));
   EXPECT_EQ(room, needed) << "the bytes needed, also where the room is too small";
   EXPECT_EQ(text, std::vector<char>(needed, '#')) << "then text is not written";
@@ -150,7 +157,8 @@ TEST(ContextDescribe, SaysHowLongTheTextIs) {
     for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     EXPECT_NE(lower.find(word), std::string::npos) << text.data();
   }
-  expect_refused("adalora_context_describe", {"no size", invalid, {"bytes", "NULL"}}, adalora_context_describe(host().context(), text.data(), nullptr));
+  expect_refused("adalora_context_describe", {"no size", invalid, {"bytes", "NULL"}},
+                 adalora_context_describe(host().context(), text.data(), nullptr));
 }
 
 TEST(ContextDestroy, OfNullIsNothing) { adalora_context_destroy(nullptr); }
@@ -170,7 +178,8 @@ TEST(GradientFactor, RefusesWhatMakesNoSense) {
   expect_refused(name, {"misaligned factor", invalid, {"grad_factor"}}, call(&squares, &scale, 1, moved(room)));
   expect_refused(name, {"norm 0", invalid, {"max_norm", "found 0"}}, call(&squares, &scale, 0, &factor));
   expect_refused(name, {"negative norm", invalid, {"max_norm", "found -1"}}, call(&squares, &scale, -1, &factor));
-  expect_refused(name, {"norm that is no number", invalid, {"max_norm", "NaN"}}, call(&squares, &scale, std::nan(""), &factor));
+  expect_refused(name, {"norm that is no number", invalid, {"max_norm", "NaN"}},
+                 call(&squares, &scale, std::nan(""), &factor));
   expect_refused(name, {"factor over sum", invalid, {"grad_factor", "overlaps"}}, call(&squares, &scale, 1, &squares));
   expect_refused(name, {"factor over scale", invalid, {"grad_factor", "overlaps"}}, call(&squares, &scale, 1, &scale));
   EXPECT_EQ(factor, -1);
@@ -181,7 +190,9 @@ TEST(GradientFactor, RefusesWhatMakesNoSense) {
 struct Log {
   std::vector<std::pair<int32_t, std::string>> messages;
 
-  static void receive(void* user, int32_t level, const char* text) { static_cast<Log*>(user)->messages.emplace_back(level, text); }
+  static void receive(void* user, int32_t level, const char* text) {
+    static_cast<Log*>(user)->messages.emplace_back(level, text);
+  }
 };
 
 TEST(ContextLog, ReceivesMessagesInWords) {

@@ -1,10 +1,9 @@
 // Every function that takes a handle, given none, one of another kind, and memory that is no handle.
 
-#include "refusal.hpp"
-
-#include "support/model.hpp"
-
 #include <functional>
+
+#include "refusal.hpp"
+#include "support/model.hpp"
 
 namespace boundary {
 namespace {
@@ -15,9 +14,12 @@ enum class Kind { context, adapter, allocator };
 
 const char* type_of(Kind kind) {
   switch (kind) {
-    case Kind::context: return "adalora_context_t";
-    case Kind::adapter: return "adalora_adapter_t";
-    case Kind::allocator: return "adalora_allocator_t";
+    case Kind::context:
+      return "adalora_context_t";
+    case Kind::adapter:
+      return "adalora_adapter_t";
+    case Kind::allocator:
+      return "adalora_allocator_t";
   }
   return "";
 }
@@ -34,8 +36,12 @@ T* as_handle(void* handle) {
   return static_cast<T*>(handle);
 }
 
-adalora_status_t with_context(void* handle, adalora_status_t (*call)(adalora_context_t*)) { return call(as_handle<adalora_context_t>(handle)); }
-adalora_status_t with_adapter(void* handle, adalora_status_t (*call)(adalora_adapter_t*)) { return call(as_handle<adalora_adapter_t>(handle)); }
+adalora_status_t with_context(void* handle, adalora_status_t (*call)(adalora_context_t*)) {
+  return call(as_handle<adalora_context_t>(handle));
+}
+adalora_status_t with_adapter(void* handle, adalora_status_t (*call)(adalora_adapter_t*)) {
+  return call(as_handle<adalora_adapter_t>(handle));
+}
 adalora_status_t with_allocator(void* handle, adalora_status_t (*call)(adalora_allocator_t*)) {
   return call(as_handle<adalora_allocator_t>(handle));
 }
@@ -76,16 +82,23 @@ const std::vector<Function>& functions() {
       of_context("adalora_context_prepare", [](auto* h) { return adalora_context_prepare(h, nullptr); }),
       of_context("adalora_context_describe", [](auto* h) { return adalora_context_describe(h, nullptr, &size); }),
       of_context("adalora_context_gradient_factor",
-                 [](auto* h) { return adalora_context_gradient_factor(h, &number, nullptr, 1, reinterpret_cast<double*>(memory), nullptr); }),
+                 [](auto* h) {
+                   return adalora_context_gradient_factor(h, &number, nullptr, 1, reinterpret_cast<double*>(memory),
+                                                          nullptr);
+                 }),
       of_context("adalora_adapter_create",
                  [](auto* h) {
                    const adalora_adapter_desc_t desc = adapter_desc();
                    return adalora_adapter_create(h, &desc, &new_adapter);
                  }),
-      of_adapter("adalora_adapter_initialize", [](auto* h) { return adalora_adapter_initialize(h, &triplets, 1, nullptr); }),
-      of_adapter("adalora_adapter_delta_weight", [](auto* h) { return adalora_adapter_delta_weight(h, &triplets, 0, 0, 0, &matrix, nullptr); }),
-      of_adapter("adalora_adapter_merge", [](auto* h) { return adalora_adapter_merge(h, &triplets, 0, 0, &matrix, nullptr, nullptr, nullptr); }),
-      of_adapter("adalora_adapter_unmerge", [](auto* h) { return adalora_adapter_unmerge(h, &triplets, 0, 0, &matrix, nullptr, nullptr); }),
+      of_adapter("adalora_adapter_initialize",
+                 [](auto* h) { return adalora_adapter_initialize(h, &triplets, 1, nullptr); }),
+      of_adapter("adalora_adapter_delta_weight",
+                 [](auto* h) { return adalora_adapter_delta_weight(h, &triplets, 0, 0, 0, &matrix, nullptr); }),
+      of_adapter("adalora_adapter_merge",
+                 [](auto* h) { return adalora_adapter_merge(h, &triplets, 0, 0, &matrix, nullptr, nullptr, nullptr); }),
+      of_adapter("adalora_adapter_unmerge",
+                 [](auto* h) { return adalora_adapter_unmerge(h, &triplets, 0, 0, &matrix, nullptr, nullptr); }),
       of_adapter("adalora_adapter_sizes",
                  [](auto* h) {
                    adalora_call_t call{};
@@ -98,14 +111,16 @@ const std::vector<Function>& functions() {
                    adalora_call_t call{};
                    call.struct_size = sizeof call;
                    call.adapter = h;
-                   return adalora_adapter_forward(&call, sizeof call, 1, ADALORA_STAGE_BOTH, &matrix, memory, sizeof memory, nullptr);
+                   return adalora_adapter_forward(&call, sizeof call, 1, ADALORA_STAGE_BOTH, &matrix, memory,
+                                                  sizeof memory, nullptr);
                  }),
       of_adapter("adalora_adapter_backward",
                  [](auto* h) {
                    adalora_call_t call{};
                    call.struct_size = sizeof call;
                    call.adapter = h;
-                   return adalora_adapter_backward(&call, sizeof call, 1, ADALORA_STAGE_BOTH, 1, &matrix, nullptr, memory, sizeof memory, nullptr);
+                   return adalora_adapter_backward(&call, sizeof call, 1, ADALORA_STAGE_BOTH, 1, &matrix, nullptr,
+                                                   memory, sizeof memory, nullptr);
                  }),
       {"adalora_allocator_create", Kind::adapter, "desc.adapters[0]",
        [](void* h) {
@@ -124,10 +139,13 @@ const std::vector<Function>& functions() {
                    desc.struct_size = sizeof desc;
                    return adalora_allocator_create(h, &desc, &new_allocator);
                  }),
-      of_allocator("adalora_allocator_sizes", [](auto* h) { return adalora_allocator_sizes(h, 1, &size, nullptr, nullptr); }),
-      of_allocator("adalora_allocator_bind",
-                   [](auto* h) { return adalora_allocator_bind(h, memory, memory, nullptr, 8, 0, nullptr, 8, 0, nullptr); }),
-      of_allocator("adalora_allocator_budget", [](auto* h) { return adalora_allocator_budget(h, 1, &budget, nullptr); }),
+      of_allocator("adalora_allocator_sizes",
+                   [](auto* h) { return adalora_allocator_sizes(h, 1, &size, nullptr, nullptr); }),
+      of_allocator(
+          "adalora_allocator_bind",
+          [](auto* h) { return adalora_allocator_bind(h, memory, memory, nullptr, 8, 0, nullptr, 8, 0, nullptr); }),
+      of_allocator("adalora_allocator_budget",
+                   [](auto* h) { return adalora_allocator_budget(h, 1, &budget, nullptr); }),
       of_allocator("adalora_allocator_gram", [](auto* h) { return adalora_allocator_gram(h, &number, nullptr); }),
       of_allocator("adalora_allocator_orthogonality",
                    [](auto* h) { return adalora_allocator_orthogonality(h, nullptr, 1, nullptr, &number, nullptr); }),
@@ -135,15 +153,19 @@ const std::vector<Function>& functions() {
                    [](auto* h) { return adalora_allocator_gradient_norm(h, nullptr, &number, nullptr, nullptr); }),
       of_allocator("adalora_allocator_update", [](auto* h) { return adalora_allocator_update(h, &step, 1, nullptr); }),
       of_allocator("adalora_allocator_scores", [](auto* h) { return adalora_allocator_scores(h, &number, nullptr); }),
-      of_allocator("adalora_allocator_select", [](auto* h) { return adalora_allocator_select(h, &step, nullptr, nullptr); }),
+      of_allocator("adalora_allocator_select",
+                   [](auto* h) { return adalora_allocator_select(h, &step, nullptr, nullptr); }),
       of_allocator("adalora_allocator_step", [](auto* h) { return adalora_allocator_step(h, &step, 1, nullptr); }),
-      of_allocator("adalora_allocator_finalize", [](auto* h) { return adalora_allocator_finalize(h, nullptr, nullptr); }),
+      of_allocator("adalora_allocator_finalize",
+                   [](auto* h) { return adalora_allocator_finalize(h, nullptr, nullptr); }),
       of_allocator("adalora_allocator_reset", [](auto* h) { return adalora_allocator_reset(h, nullptr); }),
       of_allocator("adalora_allocator_digest", [](auto* h) { return adalora_allocator_digest(h, &hash, nullptr); }),
       of_allocator("adalora_allocator_read_sync",
                    [](auto* h) { return adalora_allocator_read_sync(h, nullptr, nullptr, nullptr, nullptr, nullptr); }),
-      of_allocator("adalora_allocator_set_pattern", [](auto* h) { return adalora_allocator_set_pattern(h, &pattern, 0, nullptr); }),
-      of_allocator("adalora_allocator_save_state_sync", [](auto* h) { return adalora_allocator_save_state_sync(h, nullptr, &size, nullptr); }),
+      of_allocator("adalora_allocator_set_pattern",
+                   [](auto* h) { return adalora_allocator_set_pattern(h, &pattern, 0, nullptr); }),
+      of_allocator("adalora_allocator_save_state_sync",
+                   [](auto* h) { return adalora_allocator_save_state_sync(h, nullptr, &size, nullptr); }),
       of_allocator("adalora_allocator_load_state_sync",
                    [](auto* h) { return adalora_allocator_load_state_sync(h, memory, sizeof memory, nullptr); }),
   };
@@ -175,9 +197,12 @@ struct Handles {
 
   void* of(Kind kind) const {
     switch (kind) {
-      case Kind::context: return context.get();
-      case Kind::adapter: return adapter.get();
-      case Kind::allocator: return allocator.get();
+      case Kind::context:
+        return context.get();
+      case Kind::adapter:
+        return adapter.get();
+      case Kind::allocator:
+        return allocator.get();
     }
     return nullptr;
   }
@@ -185,7 +210,8 @@ struct Handles {
 
 TEST(Handles, OfNoneAreRefused) {
   for (const Function& f : functions())
-    expect_refused(f.name, {f.name + " of NULL", ADALORA_ERROR_INVALID_HANDLE, {f.argument, "found NULL"}}, f.call(nullptr));
+    expect_refused(f.name, {f.name + " of NULL", ADALORA_ERROR_INVALID_HANDLE, {f.argument, "found NULL"}},
+                   f.call(nullptr));
 }
 
 TEST(Handles, OfAnotherKindAreRefused) {
@@ -193,32 +219,39 @@ TEST(Handles, OfAnotherKindAreRefused) {
   for (const Function& f : functions())
     for (Kind other : {Kind::context, Kind::adapter, Kind::allocator})
       if (other != f.kind)
-        expect_refused(f.name,
-                       {f.name + " of another kind", ADALORA_ERROR_INVALID_HANDLE,
-                        {f.argument, std::string("found an ") + type_of(other), std::string("expected an ") + type_of(f.kind)}},
-                       f.call(handles.of(other)));
+        expect_refused(
+            f.name,
+            {f.name + " of another kind",
+             ADALORA_ERROR_INVALID_HANDLE,
+             {f.argument, std::string("found an ") + type_of(other), std::string("expected an ") + type_of(f.kind)}},
+            f.call(handles.of(other)));
 }
 
 TEST(Handles, OfOtherMemoryAreRefused) {
   alignas(64) unsigned char nothing[256] = {};
   for (const Function& f : functions())
-    expect_refused(f.name, {f.name + " of other memory", ADALORA_ERROR_INVALID_HANDLE, {f.argument, type_of(f.kind)}}, f.call(nothing));
+    expect_refused(f.name, {f.name + " of other memory", ADALORA_ERROR_INVALID_HANDLE, {f.argument, type_of(f.kind)}},
+                   f.call(nothing));
 }
 
 // A handle given to the wrong destroy function stays alive, and the text says so.
 TEST(Handles, SurviveTheWrongDestroy) {
   const Handles handles;
   adalora_context_destroy(static_cast<adalora_context_t*>(handles.of(Kind::adapter)));
-  EXPECT_NE(std::string(adalora_last_error()).find("adalora_context_destroy: context: found an adalora_adapter_t"), std::string::npos)
+  EXPECT_NE(std::string(adalora_last_error()).find("adalora_context_destroy: context: found an adalora_adapter_t"),
+            std::string::npos)
       << adalora_last_error();
   adalora_adapter_destroy(static_cast<adalora_adapter_t*>(handles.of(Kind::allocator)));
-  EXPECT_NE(std::string(adalora_last_error()).find("adalora_adapter_destroy: adapter: found an adalora_allocator_t"), std::string::npos)
+  EXPECT_NE(std::string(adalora_last_error()).find("adalora_adapter_destroy: adapter: found an adalora_allocator_t"),
+            std::string::npos)
       << adalora_last_error();
   adalora_allocator_destroy(static_cast<adalora_allocator_t*>(handles.of(Kind::context)));
-  EXPECT_NE(std::string(adalora_last_error()).find("adalora_allocator_destroy: allocator: found an adalora_context_t"), std::string::npos)
+  EXPECT_NE(std::string(adalora_last_error()).find("adalora_allocator_destroy: allocator: found an adalora_context_t"),
+            std::string::npos)
       << adalora_last_error();
   EXPECT_EQ(adalora_context_prepare(handles.context.get(), nullptr), ADALORA_SUCCESS);
-  EXPECT_EQ(adalora_adapter_initialize(handles.adapter.get(), &triplets, 1, nullptr), ADALORA_ERROR_INVALID_ARGUMENT) << "A, E and B overlap";
+  EXPECT_EQ(adalora_adapter_initialize(handles.adapter.get(), &triplets, 1, nullptr), ADALORA_ERROR_INVALID_ARGUMENT)
+      << "A, E and B overlap";
   EXPECT_EQ(adalora_allocator_budget(handles.allocator.get(), 1, &budget, nullptr), ADALORA_SUCCESS);
 }
 
@@ -226,9 +259,11 @@ TEST(Allocator, ThatIsNotBoundComputesNothing) {
   const Handles handles;
   for (const Function& f : functions()) {
     if (f.kind != Kind::allocator) continue;
-    const bool needs_no_buffers = f.name == "adalora_allocator_sizes" || f.name == "adalora_allocator_bind" || f.name == "adalora_allocator_budget";
+    const bool needs_no_buffers = f.name == "adalora_allocator_sizes" || f.name == "adalora_allocator_bind" ||
+                                  f.name == "adalora_allocator_budget";
     if (needs_no_buffers) continue;
-    expect_refused(f.name, {f.name + " before bind", ADALORA_ERROR_INVALID_STATE, {"adalora_allocator_bind"}}, f.call(handles.of(Kind::allocator)));
+    expect_refused(f.name, {f.name + " before bind", ADALORA_ERROR_INVALID_STATE, {"adalora_allocator_bind"}},
+                   f.call(handles.of(Kind::allocator)));
   }
 }
 

@@ -1,10 +1,9 @@
 // The calls of a training run: what they refuse, and that a refusal changes nothing.
 
-#include "refusal.hpp"
-
-#include "support/model.hpp"
-
 #include <functional>
+
+#include "refusal.hpp"
+#include "support/model.hpp"
 
 namespace boundary {
 namespace {
@@ -84,17 +83,23 @@ double* gradient(Training& r) { return static_cast<double*>(r.model.part(0, 0).g
 TEST(AllocatorGram, RefusesWhatMakesNoSense) {
   const std::string name = "adalora_allocator_gram";
   expect_all_refused({
-      {name, {"no output", invalid, {"gram", "NULL"}}, [](Training& r) { return adalora_allocator_gram(r.allocator(), nullptr, nullptr); }},
-      {name, {"misaligned", invalid, {"gram", "multiple of 8"}},
+      {name,
+       {"no output", invalid, {"gram", "NULL"}},
+       [](Training& r) { return adalora_allocator_gram(r.allocator(), nullptr, nullptr); }},
+      {name,
+       {"misaligned", invalid, {"gram", "multiple of 8"}},
        [](Training& r) { return adalora_allocator_gram(r.allocator(), misaligned(r.gram.data()), nullptr); }},
-      {name, {"over a gradient", invalid, {"gram", "overlaps"}}, [](Training& r) { return adalora_allocator_gram(r.allocator(), gradient(r), nullptr); }},
+      {name,
+       {"over a gradient", invalid, {"gram", "overlaps"}},
+       [](Training& r) { return adalora_allocator_gram(r.allocator(), gradient(r), nullptr); }},
   });
 }
 
 TEST(AllocatorOrthogonality, RefusesWhatMakesNoSense) {
   const auto bad = [](Refusal refusal, auto... arguments) {
-    return BadCall{"adalora_allocator_orthogonality", std::move(refusal),
-                   [=](Training& r) { return adalora_allocator_orthogonality(r.allocator(), arguments(r)..., nullptr); }};
+    return BadCall{"adalora_allocator_orthogonality", std::move(refusal), [=](Training& r) {
+                     return adalora_allocator_orthogonality(r.allocator(), arguments(r)..., nullptr);
+                   }};
   };
   const auto no_gram = [](Training&) -> const double* { return nullptr; };
   const auto no_factor = no_gram;
@@ -104,25 +109,43 @@ TEST(AllocatorOrthogonality, RefusesWhatMakesNoSense) {
       bad({"negative weight", invalid, {"weight", "found -1"}}, no_gram, weight(-1), no_factor, value),
       bad({"infinite weight", invalid, {"weight", "inf"}}, no_gram, weight(HUGE_VAL), no_factor, value),
       bad({"weight that is no number", invalid, {"weight", "NaN"}}, no_gram, weight(std::nan("")), no_factor, value),
-      bad({"misaligned Gram matrices", invalid, {"gram", "multiple of 8"}}, [](Training& r) { return misaligned(r.gram.data()); }, weight(1), no_factor, value),
-      bad({"misaligned factor", invalid, {"factor"}}, no_gram, weight(1), [](Training& r) { return misaligned(r.other.data()); }, value),
-      bad({"misaligned value", invalid, {"value"}}, no_gram, weight(1), no_factor, [](Training& r) { return misaligned(r.number.data()); }),
+      bad(
+          {"misaligned Gram matrices", invalid, {"gram", "multiple of 8"}},
+          [](Training& r) { return misaligned(r.gram.data()); }, weight(1), no_factor, value),
+      bad(
+          {"misaligned factor", invalid, {"factor"}}, no_gram, weight(1),
+          [](Training& r) { return misaligned(r.other.data()); }, value),
+      bad({"misaligned value", invalid, {"value"}}, no_gram, weight(1), no_factor,
+          [](Training& r) { return misaligned(r.number.data()); }),
       bad({"value over factor", invalid, {"value", "overlaps"}}, no_gram, weight(1), value, value),
-      bad({"value in the Gram matrices", invalid, {"value", "overlaps"}}, [](Training& r) { return r.gram.data(); }, weight(1), no_factor,
-          [](Training& r) { return r.gram.data() + 39; }),
+      bad(
+          {"value in the Gram matrices", invalid, {"value", "overlaps"}}, [](Training& r) { return r.gram.data(); },
+          weight(1), no_factor, [](Training& r) { return r.gram.data() + 39; }),
       bad({"value in a gradient", invalid, {"value", "overlaps"}}, no_gram, weight(1), no_factor, gradient),
   });
 }
 
 TEST(AllocatorGradientNorm, RefusesWhatMakesNoSense) {
   const std::string name = "adalora_allocator_gradient_norm";
-  const auto call = [](Training& r, double* sum, float* flag) { return adalora_allocator_gradient_norm(r.allocator(), nullptr, sum, flag, nullptr); };
+  const auto call = [](Training& r, double* sum, float* flag) {
+    return adalora_allocator_gradient_norm(r.allocator(), nullptr, sum, flag, nullptr);
+  };
   expect_all_refused({
-      {name, {"no sum", invalid, {"sum_of_squares", "NULL"}}, [=](Training& r) { return call(r, nullptr, r.flag.data()); }},
-      {name, {"misaligned sum", invalid, {"sum_of_squares"}}, [=](Training& r) { return call(r, misaligned(r.number.data()), r.flag.data()); }},
-      {name, {"misaligned flag", invalid, {"found_inf"}}, [=](Training& r) { return call(r, r.number.data(), misaligned(r.flag.data())); }},
-      {name, {"flag over sum", invalid, {"overlaps"}}, [=](Training& r) { return call(r, r.number.data(), reinterpret_cast<float*>(r.number.data())); }},
-      {name, {"sum in a gradient", invalid, {"sum_of_squares", "overlaps"}}, [=](Training& r) { return call(r, gradient(r), r.flag.data()); }},
+      {name,
+       {"no sum", invalid, {"sum_of_squares", "NULL"}},
+       [=](Training& r) { return call(r, nullptr, r.flag.data()); }},
+      {name,
+       {"misaligned sum", invalid, {"sum_of_squares"}},
+       [=](Training& r) { return call(r, misaligned(r.number.data()), r.flag.data()); }},
+      {name,
+       {"misaligned flag", invalid, {"found_inf"}},
+       [=](Training& r) { return call(r, r.number.data(), misaligned(r.flag.data())); }},
+      {name,
+       {"flag over sum", invalid, {"overlaps"}},
+       [=](Training& r) { return call(r, r.number.data(), reinterpret_cast<float*>(r.number.data())); }},
+      {name,
+       {"sum in a gradient", invalid, {"sum_of_squares", "overlaps"}},
+       [=](Training& r) { return call(r, gradient(r), r.flag.data()); }},
   });
 }
 
@@ -133,9 +156,14 @@ TEST(Step, RefusesWhatMakesNoSense) {
     adalora_status_t (*call)(Training&, const adalora_step_t*);
   };
   const Caller callers[] = {
-      {"adalora_allocator_update", [](Training& r, const adalora_step_t* s) { return adalora_allocator_update(r.allocator(), s, 1, nullptr); }},
-      {"adalora_allocator_select", [](Training& r, const adalora_step_t* s) { return adalora_allocator_select(r.allocator(), s, nullptr, nullptr); }},
-      {"adalora_allocator_step", [](Training& r, const adalora_step_t* s) { return adalora_allocator_step(r.allocator(), s, 1, nullptr); }},
+      {"adalora_allocator_update",
+       [](Training& r, const adalora_step_t* s) { return adalora_allocator_update(r.allocator(), s, 1, nullptr); }},
+      {"adalora_allocator_select",
+       [](Training& r, const adalora_step_t* s) {
+         return adalora_allocator_select(r.allocator(), s, nullptr, nullptr);
+       }},
+      {"adalora_allocator_step",
+       [](Training& r, const adalora_step_t* s) { return adalora_allocator_step(r.allocator(), s, 1, nullptr); }},
   };
   struct BadStep {
     Refusal refusal;
@@ -145,22 +173,26 @@ TEST(Step, RefusesWhatMakesNoSense) {
       {{"no size", invalid, {"step.struct_size", "found 0"}}, [](auto& s) { s.struct_size = 0; }},
       {{"no number", invalid, {"step.step", "NULL"}}, [](auto& s) { s.step = nullptr; }},
       {{"misaligned number", invalid, {"step.step"}}, [](auto& s) { s.step = misaligned(s.step); }},
-      {{"misaligned factor", invalid, {"step.grad_factor"}}, [](auto& s) { s.grad_factor = misaligned(s.grad_factor); }},
+      {{"misaligned factor", invalid, {"step.grad_factor"}},
+       [](auto& s) { s.grad_factor = misaligned(s.grad_factor); }},
       {{"misaligned flag", invalid, {"step.found_inf"}}, [](auto& s) { s.found_inf = misaligned(s.found_inf); }},
   };
   std::vector<BadCall> bad;
   for (const Caller& caller : callers) {
-    bad.push_back({caller.name, {"no step", invalid, {"step", "NULL"}}, [=](Training& r) { return caller.call(r, nullptr); }});
+    bad.push_back(
+        {caller.name, {"no step", invalid, {"step", "NULL"}}, [=](Training& r) { return caller.call(r, nullptr); }});
     for (const BadStep& c : cases)
       bad.push_back({caller.name, c.refusal, [=](Training& r) {
                        c.spoil(r.step);
                        return caller.call(r, &r.step);
                      }});
   }
-  bad.push_back({"adalora_allocator_update", {"no flag", invalid, {"with_adamw", "found 2", "0 or 1"}},
+  bad.push_back({"adalora_allocator_update",
+                 {"no flag", invalid, {"with_adamw", "found 2", "0 or 1"}},
                  [](Training& r) { return adalora_allocator_update(r.allocator(), &r.step, 2, nullptr); }});
-  bad.push_back({"adalora_allocator_step", {"no flag", invalid, {"with_adamw", "found -1", "0 or 1"}},
-                 [](Training& r) { return adalora_allocator_step(r.allocator(), &r.step, -1, nullptr); }});
+  bad.push_back({"adalora_allocator_step", {"no flag", invalid, {"with_adamw", "found -1", "0 or 1"}}, [](Training& r) {
+                   return adalora_allocator_step(r.allocator(), &r.step, -1, nullptr);
+                 }});
   expect_all_refused(bad);
 }
 
@@ -173,7 +205,8 @@ TEST(Step, ServesOlderAndNewerDescriptors) {
   require(adalora_allocator_step(full.allocator(), &bare, 1, nullptr));
   older.step.struct_size = offsetof(adalora_step_t, grad_factor);
   older.step.grad_factor = misaligned(older.step.grad_factor);  // beyond the caller's descriptor
-  ASSERT_EQ(adalora_allocator_step(older.allocator(), &older.step, 1, nullptr), ADALORA_SUCCESS) << adalora_last_error();
+  ASSERT_EQ(adalora_allocator_step(older.allocator(), &older.step, 1, nullptr), ADALORA_SUCCESS)
+      << adalora_last_error();
   EXPECT_EQ(older.model.tensors(), full.model.tensors());
 
   Training run;
@@ -191,19 +224,29 @@ TEST(Step, ServesOlderAndNewerDescriptors) {
 TEST(AllocatorScores, RefusesWhatMakesNoSense) {
   const std::string name = "adalora_allocator_scores";
   expect_all_refused({
-      {name, {"no output", invalid, {"scores", "NULL"}}, [](Training& r) { return adalora_allocator_scores(r.allocator(), nullptr, nullptr); }},
-      {name, {"misaligned", invalid, {"scores", "multiple of 8"}},
+      {name,
+       {"no output", invalid, {"scores", "NULL"}},
+       [](Training& r) { return adalora_allocator_scores(r.allocator(), nullptr, nullptr); }},
+      {name,
+       {"misaligned", invalid, {"scores", "multiple of 8"}},
        [](Training& r) { return adalora_allocator_scores(r.allocator(), misaligned(r.scores.data()), nullptr); }},
-      {name, {"over an average", invalid, {"scores", "overlaps"}},
-       [](Training& r) { return adalora_allocator_scores(r.allocator(), static_cast<double*>(r.model.part(0, 0).ipt.data()), nullptr); }},
+      {name,
+       {"over an average", invalid, {"scores", "overlaps"}},
+       [](Training& r) {
+         return adalora_allocator_scores(r.allocator(), static_cast<double*>(r.model.part(0, 0).ipt.data()), nullptr);
+       }},
   });
 }
 
 TEST(AllocatorSelect, RefusesWhatMakesNoSense) {
   expect_all_refused({
-      {"adalora_allocator_select", {"misaligned scores", invalid, {"scores", "multiple of 8"}},
-       [](Training& r) { return adalora_allocator_select(r.allocator(), &r.step, misaligned(r.scores.data()), nullptr); }},
-      {"adalora_allocator_finalize", {"misaligned scores", invalid, {"scores", "multiple of 8"}},
+      {"adalora_allocator_select",
+       {"misaligned scores", invalid, {"scores", "multiple of 8"}},
+       [](Training& r) {
+         return adalora_allocator_select(r.allocator(), &r.step, misaligned(r.scores.data()), nullptr);
+       }},
+      {"adalora_allocator_finalize",
+       {"misaligned scores", invalid, {"scores", "multiple of 8"}},
        [](Training& r) { return adalora_allocator_finalize(r.allocator(), misaligned(r.scores.data()), nullptr); }},
   });
 }
@@ -211,16 +254,23 @@ TEST(AllocatorSelect, RefusesWhatMakesNoSense) {
 TEST(AllocatorDigest, RefusesWhatMakesNoSense) {
   const std::string name = "adalora_allocator_digest";
   expect_all_refused({
-      {name, {"no output", invalid, {"digest", "NULL"}}, [](Training& r) { return adalora_allocator_digest(r.allocator(), nullptr, nullptr); }},
-      {name, {"misaligned", invalid, {"digest"}}, [](Training& r) { return adalora_allocator_digest(r.allocator(), misaligned(r.hash.data()), nullptr); }},
+      {name,
+       {"no output", invalid, {"digest", "NULL"}},
+       [](Training& r) { return adalora_allocator_digest(r.allocator(), nullptr, nullptr); }},
+      {name,
+       {"misaligned", invalid, {"digest"}},
+       [](Training& r) { return adalora_allocator_digest(r.allocator(), misaligned(r.hash.data()), nullptr); }},
   });
 }
 
 TEST(AllocatorSetPattern, RefusesWhatMakesNoSense) {
   const std::string name = "adalora_allocator_set_pattern";
   expect_all_refused({
-      {name, {"no pattern", invalid, {"pattern", "NULL"}}, [](Training& r) { return adalora_allocator_set_pattern(r.allocator(), nullptr, 0, nullptr); }},
-      {name, {"no flag", invalid, {"is_final", "found 2", "0 or 1"}},
+      {name,
+       {"no pattern", invalid, {"pattern", "NULL"}},
+       [](Training& r) { return adalora_allocator_set_pattern(r.allocator(), nullptr, 0, nullptr); }},
+      {name,
+       {"no flag", invalid, {"is_final", "found 2", "0 or 1"}},
        [](Training& r) { return adalora_allocator_set_pattern(r.allocator(), r.pattern.data(), 2, nullptr); }},
   });
 }
@@ -230,12 +280,21 @@ TEST(AllocatorReadSync, RefusesWhatMakesNoSense) {
   static adalora_report_t report;
   const std::string name = "adalora_allocator_read_sync";
   expect_all_refused({
-      {name, {"misaligned ranks", invalid, {"ranks"}},
-       [](Training& r) { return adalora_allocator_read_sync(r.allocator(), nullptr, misaligned(numbers), nullptr, nullptr, nullptr); }},
-      {name, {"misaligned clocks", invalid, {"adam_steps"}},
-       [](Training& r) { return adalora_allocator_read_sync(r.allocator(), nullptr, nullptr, misaligned(numbers), nullptr, nullptr); }},
-      {name, {"a report without its size", invalid, {"report.struct_size", "found 0"}},
-       [](Training& r) { return adalora_allocator_read_sync(r.allocator(), nullptr, nullptr, nullptr, &report, nullptr); }},
+      {name,
+       {"misaligned ranks", invalid, {"ranks"}},
+       [](Training& r) {
+         return adalora_allocator_read_sync(r.allocator(), nullptr, misaligned(numbers), nullptr, nullptr, nullptr);
+       }},
+      {name,
+       {"misaligned clocks", invalid, {"adam_steps"}},
+       [](Training& r) {
+         return adalora_allocator_read_sync(r.allocator(), nullptr, nullptr, misaligned(numbers), nullptr, nullptr);
+       }},
+      {name,
+       {"a report without its size", invalid, {"report.struct_size", "found 0"}},
+       [](Training& r) {
+         return adalora_allocator_read_sync(r.allocator(), nullptr, nullptr, nullptr, &report, nullptr);
+       }},
   });
 
   // No output is written where another one is refused.
@@ -254,7 +313,8 @@ TEST(AllocatorReadSync, ServesOlderAndNewerReports) {
   std::memset(&older, 0x77, sizeof older);
   const adalora_report_t untouched = older;
   older.struct_size = offsetof(adalora_report_t, irregular);
-  ASSERT_EQ(adalora_allocator_read_sync(run.allocator(), nullptr, nullptr, nullptr, &older, nullptr), ADALORA_SUCCESS) << adalora_last_error();
+  ASSERT_EQ(adalora_allocator_read_sync(run.allocator(), nullptr, nullptr, nullptr, &older, nullptr), ADALORA_SUCCESS)
+      << adalora_last_error();
   EXPECT_EQ(older.struct_size, offsetof(adalora_report_t, irregular));
   EXPECT_EQ(older.last_step, 3);
   EXPECT_EQ(older.skipped, 0);
@@ -265,7 +325,9 @@ TEST(AllocatorReadSync, ServesOlderAndNewerReports) {
     int64_t unknown;
   } newer{};
   newer.known.struct_size = sizeof newer;
-  ASSERT_EQ(adalora_allocator_read_sync(run.allocator(), nullptr, nullptr, nullptr, &newer.known, nullptr), ADALORA_SUCCESS) << adalora_last_error();
+  ASSERT_EQ(adalora_allocator_read_sync(run.allocator(), nullptr, nullptr, nullptr, &newer.known, nullptr),
+            ADALORA_SUCCESS)
+      << adalora_last_error();
   EXPECT_EQ(newer.known.last_step, 3);
   EXPECT_EQ(newer.known.struct_size, sizeof newer);
   EXPECT_EQ(newer.unknown, 0);
@@ -280,7 +342,8 @@ TEST(AllocatorSaveState, SaysHowManyBytesThereAre) {
   ASSERT_EQ(adalora_allocator_save_state_sync(run.allocator(), nullptr, &needed, nullptr), ADALORA_SUCCESS);
   Bytes bytes(needed, 0x33);
   size_t room = needed - 1;
-  expect_refused("adalora_allocator_save_state_sync", {"too little room", invalid, {"bytes", std::to_string(needed - 1), std::to_string(needed)}},
+  expect_refused("adalora_allocator_save_state_sync",
+                 {"too little room", invalid, {"bytes", std::to_string(needed - 1), std::to_string(needed)}},
                  adalora_allocator_save_state_sync(run.allocator(), bytes.data(), &room, nullptr));
   EXPECT_EQ(room, needed);
   EXPECT_EQ(bytes, Bytes(needed, 0x33));
@@ -300,7 +363,8 @@ void seal(Bytes& state) {
 
 void expect_damaged(const Training& run, const Bytes& bytes, const std::string& what) {
   const std::vector<Bytes> before = run.contents();
-  const adalora_status_t status = adalora_allocator_load_state_sync(run.allocator(), bytes.data(), bytes.size(), nullptr);
+  const adalora_status_t status =
+      adalora_allocator_load_state_sync(run.allocator(), bytes.data(), bytes.size(), nullptr);
   expect_refused("adalora_allocator_load_state_sync", {what, ADALORA_ERROR_CORRUPT_DATA, {"bytes"}}, status);
   EXPECT_EQ(run.contents(), before) << what;
 }
@@ -309,7 +373,8 @@ TEST(AllocatorLoadState, RefusesDamagedBytes) {
   const Training run;
   const Bytes good = run.model.save();
   for (size_t length = 0; length < good.size(); ++length)
-    expect_damaged(run, Bytes(good.begin(), good.begin() + static_cast<ptrdiff_t>(length)), "cut to " + std::to_string(length) + " bytes");
+    expect_damaged(run, Bytes(good.begin(), good.begin() + static_cast<ptrdiff_t>(length)),
+                   "cut to " + std::to_string(length) + " bytes");
   for (size_t i = 0; i < good.size(); ++i) {
     Bytes bad = good;
     bad[i] ^= 0x40;
@@ -339,7 +404,8 @@ TEST(AllocatorLoadState, ChecksEveryValue) {
       bad[i] ^= change;
       seal(bad);
       const std::vector<Bytes> before = run.contents();
-      const adalora_status_t status = adalora_allocator_load_state_sync(run.allocator(), bad.data(), bad.size(), nullptr);
+      const adalora_status_t status =
+          adalora_allocator_load_state_sync(run.allocator(), bad.data(), bad.size(), nullptr);
       if (status == ADALORA_SUCCESS) {
         EXPECT_EQ(run.model.save(), bad) << "byte " << i << " was not taken as it is";
         for (uint8_t kept : run.model.pattern()) EXPECT_LE(kept, 1);
@@ -356,7 +422,7 @@ TEST(AllocatorLoadState, ChecksEveryValue) {
 
 TEST(AllocatorLoadState, RefusesTheStateOfOtherAdapters) {
   const Training run;
-  for (int64_t LayerShape::*dimension : {&LayerShape::rank, &LayerShape::in, &LayerShape::out}) {
+  for (int64_t LayerShape::* dimension : {&LayerShape::rank, &LayerShape::in, &LayerShape::out}) {
     ModelCase other = small();
     other.layers[1].*dimension += 1;
     const Model theirs(host(), host().context(), other);
@@ -384,7 +450,8 @@ TEST(Sharded, NeedsTheSumOverProcesses) {
   no_flag.found_inf = nullptr;
   expect_refused("adalora_allocator_update", {"update", invalid, {"step.found_inf", "NULL", "sharded"}},
                  adalora_allocator_update(model.allocator(), &no_flag, 1, nullptr));
-  expect_refused("adalora_allocator_step", {"step", not_now, {"sharded"}}, adalora_allocator_step(model.allocator(), &step, 1, nullptr));
+  expect_refused("adalora_allocator_step", {"step", not_now, {"sharded"}},
+                 adalora_allocator_step(model.allocator(), &step, 1, nullptr));
   expect_refused("adalora_allocator_select", {"select", invalid, {"scores", "NULL", "sharded"}},
                  adalora_allocator_select(model.allocator(), &step, nullptr, nullptr));
   expect_refused("adalora_allocator_finalize", {"finalize", invalid, {"scores", "NULL", "sharded"}},

@@ -2,7 +2,6 @@
 
 #include "operations.hpp"
 #include "pass.hpp"
-
 #include "support/model.hpp"
 
 namespace operations {
@@ -18,11 +17,13 @@ void expect_all_the_same(Backend& backend, const std::function<std::vector<Bytes
     const std::vector<Bytes> other = results(teams[i].context.get());
     ASSERT_EQ(first.size(), other.size());
     for (size_t j = 0; j < first.size(); ++j)
-      EXPECT_TRUE(first[j] == other[j]) << "output " << j << " has other bits with " << teams[i].name << " than with " << teams.front().name;
+      EXPECT_TRUE(first[j] == other[j]) << "output " << j << " has other bits with " << teams[i].name << " than with "
+                                        << teams.front().name;
   }
 }
 
-std::vector<Bytes> passes(Backend& backend, adalora_context_t* context, const LayerCase& layer, const LayerContents& contents) {
+std::vector<Bytes> passes(Backend& backend, adalora_context_t* context, const LayerCase& layer,
+                          const LayerContents& contents) {
   Pass pass(backend, context, layer, contents);
   pass.forward();
   pass.backward();
@@ -36,8 +37,10 @@ std::vector<Bytes> run(Backend& backend, adalora_context_t* context, const Model
     model.set_gradients(static_cast<uint64_t>(step));
     const Value<double> penalty(backend), squares(backend, 0.0);
     const Value<float> found_inf(backend, 0.0f);
-    require(adalora_allocator_orthogonality(model.allocator(), nullptr, 0.1, nullptr, penalty.data(), backend.stream()));
-    require(adalora_allocator_gradient_norm(model.allocator(), nullptr, squares.data(), found_inf.data(), backend.stream()));
+    require(
+        adalora_allocator_orthogonality(model.allocator(), nullptr, 0.1, nullptr, penalty.data(), backend.stream()));
+    require(adalora_allocator_gradient_norm(model.allocator(), nullptr, squares.data(), found_inf.data(),
+                                            backend.stream()));
     model.step(step);
     results.push_back(model.save());
     for (double value : {penalty.get(), squares.get()}) {
@@ -50,7 +53,8 @@ std::vector<Bytes> run(Backend& backend, adalora_context_t* context, const Model
   return results;
 }
 
-std::vector<Bytes> weights(Backend& backend, adalora_context_t* context, adalora_dtype_t param, adalora_dtype_t weight) {
+std::vector<Bytes> weights(Backend& backend, adalora_context_t* context, adalora_dtype_t param,
+                           adalora_dtype_t weight) {
   adalora_adapter_desc_t desc{};
   desc.struct_size = sizeof desc;
   desc.in_features = 768;
@@ -60,8 +64,8 @@ std::vector<Bytes> weights(Backend& backend, adalora_context_t* context, adalora
   adalora_adapter_t* handle = nullptr;
   require(adalora_adapter_create(context, &desc, &handle));
   const Adapter adapter(handle);
-  const Tensor A(backend, param, 12, 768), E(backend, param, Dense<double>(1, 12, std::vector<double>(12, 0.7))), B(backend, param, 513, 12),
-      w(backend, weight, Dense<double>(513, 768));
+  const Tensor A(backend, param, 12, 768), E(backend, param, Dense<double>(1, 12, std::vector<double>(12, 0.7))),
+      B(backend, param, 513, 12), w(backend, weight, Dense<double>(513, 768));
   const adalora_triplets_t triplets{A.matrix(), E.matrix(), B.matrix()};
   const Tensor ignored(backend, param, 1, 12);
   const adalora_triplets_t written{A.matrix(), ignored.matrix(), B.matrix()};
@@ -90,7 +94,8 @@ std::vector<Case> determinism_cases() {
     layer.name = name_of(types.activation) + " " + name_of(types.param);
     const LayerContents contents = random_contents(layer);
     rows.push_back({"any team gives the same bits", layer.name + " forward and backward", [=](Backend& b) {
-                      expect_all_the_same(b, [&](adalora_context_t* context) { return passes(b, context, layer, contents); });
+                      expect_all_the_same(
+                          b, [&](adalora_context_t* context) { return passes(b, context, layer, contents); });
                     }});
   }
   for (adalora_dtype_t param : {f64, f32, bf16, f16}) {
@@ -102,7 +107,8 @@ std::vector<Case> determinism_cases() {
                       expect_all_the_same(b, [&](adalora_context_t* context) { return run(b, context, c); });
                     }});
     rows.push_back({"any team gives the same bits", name_of(param) + " weights", [=](Backend& b) {
-                      expect_all_the_same(b, [&](adalora_context_t* context) { return weights(b, context, param, param); });
+                      expect_all_the_same(
+                          b, [&](adalora_context_t* context) { return weights(b, context, param, param); });
                     }});
   }
   return rows;

@@ -85,7 +85,8 @@ std::vector<Case> dropout_cases() {
     layer.dropout = {0.3, 77, 1000, 5, 0};
     const auto add = [&](const std::string& what) {
       layer.name = name_of(activation) + " " + name_of(param) + " " + what;
-      rows.push_back({"forward and backward with dropout", layer.name, [layer](Backend& backend) { against_oracle(backend, layer); }});
+      rows.push_back({"forward and backward with dropout", layer.name,
+                      [layer](Backend& backend) { against_oracle(backend, layer); }});
     };
     add("three adapters, each with its own mask");
     layer.gap = 3;

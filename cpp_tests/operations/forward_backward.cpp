@@ -2,7 +2,6 @@
 
 #include "operations.hpp"
 #include "pass.hpp"
-
 #include "support/random.hpp"
 
 namespace operations {
@@ -15,8 +14,8 @@ struct Types {
   adalora_dtype_t activation, param;
 };
 
-const std::vector<Types> all_types = {{f64, f64},   {f32, f32},   {bf16, f32}, {f16, f32},  {bf16, bf16},
-                                      {f16, f16},   {f32, bf16},  {f32, f16},  {bf16, f16}, {f16, bf16}};
+const std::vector<Types> all_types = {{f64, f64}, {f32, f32},  {bf16, f32}, {f16, f32},  {bf16, bf16},
+                                      {f16, f16}, {f32, bf16}, {f32, f16},  {bf16, f16}, {f16, bf16}};
 
 void against_oracle(Backend& backend, const LayerCase& layer) {
   const LayerContents contents = random_contents(layer);
@@ -63,11 +62,13 @@ void against_finite_differences(Backend& backend, LayerCase layer) {
     }
     return slopes;
   };
-  expect_near(layer.name + ": dx", slopes_of([](LayerContents& c) -> Dense<double>& { return c.x; }), pass.dx(), fraction);
+  expect_near(layer.name + ": dx", slopes_of([](LayerContents& c) -> Dense<double>& { return c.x; }), pass.dx(),
+              fraction);
   for (size_t k = 0; k < layer.adapters(); ++k)
     for (int m : {0, 1, 2})
       expect_near(layer.name + ": gradient of " + "AEB"[m] + std::to_string(k),
-                  slopes_of([&](LayerContents& c) -> Dense<double>& { return c.adapters[k].params[m]; }), pass.gradient(k, m), fraction);
+                  slopes_of([&](LayerContents& c) -> Dense<double>& { return c.adapters[k].params[m]; }),
+                  pass.gradient(k, m), fraction);
 }
 
 struct Size {
@@ -75,7 +76,8 @@ struct Size {
 };
 
 std::string text(const Size& s) {
-  return std::to_string(s.tokens) + " tokens " + std::to_string(s.in) + " to " + std::to_string(s.out) + " rank " + std::to_string(s.rank);
+  return std::to_string(s.tokens) + " tokens " + std::to_string(s.in) + " to " + std::to_string(s.out) + " rank " +
+         std::to_string(s.rank);
 }
 
 LayerCase of(Types types, Size size) {
@@ -96,14 +98,16 @@ LayerCase query_key_value(Types types, int64_t gap) {
   layer.rank = {5, 0, 8};
   layer.interleaved = true;
   layer.gap = gap;
-  layer.name = name_of(types.activation) + " " + name_of(types.param) + " query key value as columns of one matrix, gap " + std::to_string(gap);
+  layer.name = name_of(types.activation) + " " + name_of(types.param) +
+               " query key value as columns of one matrix, gap " + std::to_string(gap);
   return layer;
 }
 
 std::vector<LayerCase> layers() {
   std::vector<LayerCase> all;
-  const std::vector<Size> sizes = {{5, 7, 13, 3},   {1, 33, 100, 5},  {64, 65, 33, 8}, {130, 13, 65, 12}, {64, 100, 7, 17}, {5, 65, 100, 64},
-                                   {1, 1, 1, 1},    {5, 13, 1, 2},    {5, 1, 7, 2},    {5, 7, 13, 0},     {0, 7, 13, 3},    {0, 1, 1, 0}};
+  const std::vector<Size> sizes = {{5, 7, 13, 3},    {1, 33, 100, 5},  {64, 65, 33, 8}, {130, 13, 65, 12},
+                                   {64, 100, 7, 17}, {5, 65, 100, 64}, {1, 1, 1, 1},    {5, 13, 1, 2},
+                                   {5, 1, 7, 2},     {5, 7, 13, 0},    {0, 7, 13, 3},   {0, 1, 1, 0}};
   for (const Types& types : all_types) {
     for (const Size& size : sizes) all.push_back(of(types, size));
 
@@ -186,7 +190,8 @@ std::vector<Case> forward_backward_cases() {
   for (const LayerCase& layer : layers())
     rows.push_back({"forward and backward", layer.name, [layer](Backend& backend) { against_oracle(backend, layer); }});
 
-  std::vector<LayerCase> small = {of({f64, f64}, {5, 7, 6, 3}), of({f64, f64}, {1, 1, 1, 1}), query_key_value({f64, f64}, 2)};
+  std::vector<LayerCase> small = {of({f64, f64}, {5, 7, 6, 3}), of({f64, f64}, {1, 1, 1, 1}),
+                                  query_key_value({f64, f64}, 2)};
   small[2].tokens = 2;
   small[2].in = 3;
   LayerCase dropped = small[0];

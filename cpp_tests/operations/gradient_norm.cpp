@@ -1,7 +1,6 @@
 // The gradients' sum of squares, what is not finite in them, and the factor that unscales and clips them.
 
 #include "operations.hpp"
-
 #include "support/compare.hpp"
 #include "support/model.hpp"
 
@@ -27,7 +26,8 @@ void norm(Backend& backend, const ModelCase& c) {
   for (bool all : {true, false}) {
     const Value<double> sum(backend, 3.5);
     const Value<float> found_inf(backend, 0.0f);
-    require(adalora_allocator_gradient_norm(model.allocator(), all ? nullptr : given.data(), sum.data(), found_inf.data(), backend.stream()));
+    require(adalora_allocator_gradient_norm(model.allocator(), all ? nullptr : given.data(), sum.data(),
+                                            found_inf.data(), backend.stream()));
     Bounded expected = 3.5;
     const Contents g = model.contents(&Part::g);
     for (size_t k = 0; k < g.size(); ++k)
@@ -51,12 +51,15 @@ void non_finite(Backend& backend, const ModelCase& c) {
       g.set(values);
       const Value<double> sum(backend, 0.0);
       const Value<float> found_inf(backend, 0.0f);
-      require(adalora_allocator_gradient_norm(model.allocator(), without.data(), sum.data(), found_inf.data(), backend.stream()));
+      require(adalora_allocator_gradient_norm(model.allocator(), without.data(), sum.data(), found_inf.data(),
+                                              backend.stream()));
       EXPECT_EQ(found_inf.get(), 0.0f) << "an adapter without a gradient is not read";
       EXPECT_TRUE(std::isfinite(sum.get()));
-      require(adalora_allocator_gradient_norm(model.allocator(), nullptr, sum.data(), found_inf.data(), backend.stream()));
+      require(
+          adalora_allocator_gradient_norm(model.allocator(), nullptr, sum.data(), found_inf.data(), backend.stream()));
       EXPECT_EQ(found_inf.get(), 1.0f) << strange << " in matrix " << m;
-      require(adalora_allocator_gradient_norm(model.allocator(), without.data(), sum.data(), found_inf.data(), backend.stream()));
+      require(adalora_allocator_gradient_norm(model.allocator(), without.data(), sum.data(), found_inf.data(),
+                                              backend.stream()));
       EXPECT_EQ(found_inf.get(), 1.0f) << "left alone where all is finite";
       require(adalora_allocator_gradient_norm(model.allocator(), nullptr, sum.data(), nullptr, backend.stream()));
       g.set(finite);
@@ -66,15 +69,17 @@ void non_finite(Backend& backend, const ModelCase& c) {
 void factor(Backend& backend) {
   struct {
     double squares, scale, max_norm;
-  } const cases[] = {{0, 1, 1}, {25, 1, 10}, {25, 1, 5}, {25, 1, 1}, {1e10, 1024, 2}, {25, 8, INFINITY}, {1e300, 1, 1e-3}, {1e-300, 1, 1e-3}};
+  } const cases[] = {{0, 1, 1},       {25, 1, 10},       {25, 1, 5},       {25, 1, 1},
+                     {1e10, 1024, 2}, {25, 8, INFINITY}, {1e300, 1, 1e-3}, {1e-300, 1, 1e-3}};
   for (const auto& c : cases)
     for (bool scaled : {true, false}) {
       const Value<double> squares(backend, c.squares), scale(backend, c.scale), result(backend, -1.0);
-      require(adalora_context_gradient_factor(backend.context(), squares.data(), scaled ? scale.data() : nullptr, c.max_norm, result.data(),
-                                              backend.stream()));
+      require(adalora_context_gradient_factor(backend.context(), squares.data(), scaled ? scale.data() : nullptr,
+                                              c.max_norm, result.data(), backend.stream()));
       const double loss_scale = scaled ? c.scale : 1;
       const double norm = std::sqrt(c.squares) / loss_scale;
-      EXPECT_DOUBLE_EQ(result.get(), std::min(1.0, c.max_norm / (norm + 1e-6)) / loss_scale) << c.squares << " " << loss_scale << " " << c.max_norm;
+      EXPECT_DOUBLE_EQ(result.get(), std::min(1.0, c.max_norm / (norm + 1e-6)) / loss_scale)
+          << c.squares << " " << loss_scale << " " << c.max_norm;
     }
 }
 

@@ -1,12 +1,11 @@
 // Initial triplets: normal A and B of deviation 0.02, E zero, each element a function of the seed and its place.
 
-#include "operations.hpp"
+#include <algorithm>
 
+#include "operations.hpp"
 #include "support/compare.hpp"
 #include "support/memory.hpp"
 #include "support/oracle.hpp"
-
-#include <algorithm>
 
 namespace operations {
 
@@ -23,8 +22,8 @@ struct Geometry {
 };
 
 // What initialize writes into buffers of `type`, of the adapter of `param` elements.
-oracle::Triplets<double> initialized(Backend& backend, Geometry size, adalora_dtype_t param, adalora_dtype_t type, uint64_t seed,
-                                     Share share = {}, int64_t gap = 0) {
+oracle::Triplets<double> initialized(Backend& backend, Geometry size, adalora_dtype_t param, adalora_dtype_t type,
+                                     uint64_t seed, Share share = {}, int64_t gap = 0) {
   adalora_adapter_desc_t desc{};
   desc.struct_size = sizeof desc;
   desc.in_features = size.in;
@@ -40,8 +39,8 @@ oracle::Triplets<double> initialized(Backend& backend, Geometry size, adalora_dt
   require(adalora_adapter_create(backend.context(), &desc, &handle));
   const Adapter adapter(handle);
 
-  const Tensor A(backend, type, size.rank, share.in != 0 ? share.in : size.in, gap), E(backend, type, 1, size.rank, gap),
-      B(backend, type, share.out != 0 ? share.out : size.out, size.rank, gap);
+  const Tensor A(backend, type, size.rank, share.in != 0 ? share.in : size.in, gap),
+      E(backend, type, 1, size.rank, gap), B(backend, type, share.out != 0 ? share.out : size.out, size.rank, gap);
   const adalora_triplets_t triplets{A.matrix(), E.matrix(), B.matrix()};
   require(adalora_adapter_initialize(adapter.get(), &triplets, seed, backend.stream()));
   EXPECT_TRUE(A.gaps_untouched() && B.gaps_untouched());
@@ -55,7 +54,8 @@ double distance_from_normal(std::vector<double> values) {
   double distance = 0;
   for (size_t i = 0; i < values.size(); ++i) {
     const double below = 0.5 * std::erfc(-values[i] / (0.02 * std::sqrt(2.0)));
-    distance = std::max({distance, std::fabs(below - static_cast<double>(i) / n), std::fabs(below - static_cast<double>(i + 1) / n)});
+    distance = std::max(
+        {distance, std::fabs(below - static_cast<double>(i) / n), std::fabs(below - static_cast<double>(i + 1) / n)});
   }
   return distance;
 }
@@ -72,7 +72,8 @@ double correlation(const std::vector<double>& a, const std::vector<double>& b) {
 
 void is_normal(Backend& backend, adalora_dtype_t type) {
   const oracle::Triplets<double> p = initialized(backend, {300, 257, 33}, type, type, 42);
-  // Exceeded by one sample of 10^4 numbers in a million, where it is normal; rounding to bfloat16 moves it by less than a quarter.
+  // Exceeded by one sample of 10^4 numbers in a million, where it is normal; rounding to bfloat16 moves it by less than
+  // a quarter.
   const double allowed = 2.7 / std::sqrt(static_cast<double>(p.B.values.size()));
   EXPECT_LT(distance_from_normal(p.A.values), allowed) << "A";
   EXPECT_LT(distance_from_normal(p.B.values), allowed) << "B";
@@ -101,7 +102,8 @@ void low_precision_is_the_rounded_master(Backend& backend, adalora_dtype_t type)
   const oracle::Triplets<double> low = initialized(backend, {33, 13, 5}, type, type, 9);
   const oracle::Triplets<double> master = initialized(backend, {33, 13, 5}, type, f32, 9);
   for (int m : {0, 1, 2})
-    for (size_t i = 0; i < low[m].values.size(); ++i) ASSERT_EQ(low[m].values[i], rounded(master[m].values[i], type)) << m << " " << i;
+    for (size_t i = 0; i < low[m].values.size(); ++i)
+      ASSERT_EQ(low[m].values[i], rounded(master[m].values[i], type)) << m << " " << i;
 }
 
 void small(Backend& backend) {
@@ -115,10 +117,12 @@ std::vector<Case> initialize_cases() {
   std::vector<Case> rows{{"initialize", "rank 0 and one feature", small}};
   for (adalora_dtype_t type : {f64, f32, bf16, f16}) {
     rows.push_back({"initialize", name_of(type) + " is normal", [type](Backend& b) { is_normal(b, type); }});
-    rows.push_back({"initialize", name_of(type) + " shares fit together", [type](Backend& b) { depends_on_seed_and_place_alone(b, type); }});
+    rows.push_back({"initialize", name_of(type) + " shares fit together",
+                    [type](Backend& b) { depends_on_seed_and_place_alone(b, type); }});
   }
   for (adalora_dtype_t type : {bf16, f16})
-    rows.push_back({"initialize", name_of(type) + " is its rounded master", [type](Backend& b) { low_precision_is_the_rounded_master(b, type); }});
+    rows.push_back({"initialize", name_of(type) + " is its rounded master",
+                    [type](Backend& b) { low_precision_is_the_rounded_master(b, type); }});
   return rows;
 }
 

@@ -6,7 +6,9 @@ namespace operations {
 
 using namespace support;
 
-double LayerCase::scaling_of(size_t adapter) const { return scaling != 0 ? scaling : oracle::scaling(alpha, rank[adapter]); }
+double LayerCase::scaling_of(size_t adapter) const {
+  return scaling != 0 ? scaling : oracle::scaling(alpha, rank[adapter]);
+}
 
 oracle::Dropout LayerCase::dropout_of(size_t adapter) const {
   oracle::Dropout own = dropout;
@@ -67,7 +69,8 @@ LayerResults expected_results(const LayerCase& layer, const LayerContents& conte
     for (int64_t i = 0; i < layer.rank[k]; ++i)
       if (!layer.keeps(i)) results.grads.E(0, i) = 0.0;
     if (layer.accumulates)
-      for (int matrix : {0, 1, 2}) results.grads[matrix] = oracle::sum(as<Bounded>(one.grads[matrix]), results.grads[matrix]);
+      for (int matrix : {0, 1, 2})
+        results.grads[matrix] = oracle::sum(as<Bounded>(one.grads[matrix]), results.grads[matrix]);
     all.dx = oracle::sum(all.dx, oracle::dropped(oracle::input_gradient(results.g, params), layer.dropout_of(k)));
     all.adapters.push_back(std::move(results));
   }

@@ -7,7 +7,7 @@ using namespace support;
 namespace {
 
 // The first `columns` of each adapter side by side.
-Dense<double> side_by_side(const std::vector<AdapterContents>& adapters, Dense<double> AdapterContents::*part) {
+Dense<double> side_by_side(const std::vector<AdapterContents>& adapters, Dense<double> AdapterContents::* part) {
   int64_t columns = 0;
   for (const AdapterContents& one : adapters) columns += (one.*part).columns;
   Dense<double> all((adapters.front().*part).rows, columns);
@@ -30,7 +30,9 @@ Dense<double> as_row(const Dense<double>& vector) { return {1, vector.rows * vec
 }  // namespace
 
 Pass::Pass(Backend& backend, adalora_context_t* context, const LayerCase& layer, const LayerContents& contents)
-    : backend_(backend), layer_(layer), x_(backend, layer.activation, contents.x, layer.gap),
+    : backend_(backend),
+      layer_(layer),
+      x_(backend, layer.activation, contents.x, layer.gap),
       dx_(backend, layer.activation, contents.dx, layer.gap) {
   for (size_t k = 0; k < layer.adapters(); ++k) adapters_.push_back(make(context, k, contents.adapters[k]));
   if (layer.interleaved) {
@@ -41,9 +43,11 @@ Pass::Pass(Backend& backend, adalora_context_t* context, const LayerCase& layer,
   auto all = calls();
   size_t workspace = 0;
   std::vector<size_t> saved(all.size());
-  require(adalora_adapter_sizes(all.data(), sizeof all[0], static_cast<int64_t>(all.size()), layer.tokens, saved.data(), &workspace));
+  require(adalora_adapter_sizes(all.data(), sizeof all[0], static_cast<int64_t>(all.size()), layer.tokens, saved.data(),
+                                &workspace));
   for (size_t k = 0; k < all.size(); ++k)
-    EXPECT_EQ(saved[k], static_cast<size_t>(layer.tokens * layer.rank[k]) * size_of(compute_type(layer.param))) << "bytes of h";
+    EXPECT_EQ(saved[k], static_cast<size_t>(layer.tokens * layer.rank[k]) * size_of(compute_type(layer.param)))
+        << "bytes of h";
   workspace_.emplace(backend, workspace);
 }
 
@@ -126,9 +130,10 @@ void Pass::backward(int32_t stages) {
   const adalora_matrix_t x = x_.matrix(), dx = dx_.matrix();
   if (stages == ADALORA_STAGE_EXPAND)
     for (adalora_call_t& call : all) call.dy = {};
-  require(adalora_adapter_backward(all.data(), sizeof all[0], static_cast<int64_t>(all.size()), stages, layer_.accumulates ? 1 : 0,
-                                   stages == ADALORA_STAGE_PROJECT ? nullptr : &x, layer_.wants_dx ? &dx : nullptr,
-                                   workspace_->data(), workspace_->size(), backend_.stream()));
+  require(adalora_adapter_backward(all.data(), sizeof all[0], static_cast<int64_t>(all.size()), stages,
+                                   layer_.accumulates ? 1 : 0, stages == ADALORA_STAGE_PROJECT ? nullptr : &x,
+                                   layer_.wants_dx ? &dx : nullptr, workspace_->data(), workspace_->size(),
+                                   backend_.stream()));
 }
 
 void Pass::forward() {
@@ -170,8 +175,9 @@ void Pass::check_forward(const LayerResults& expected) const {
     if (!layer_.keeps_h) continue;
     for (int64_t i = 0; i < layer_.rank[k]; ++i)
       if (layer_.keeps(i))
-        expect_close(what("h of triplet " + std::to_string(i), k), block(expected.adapters[k].h, 0, layer_.tokens, i, 1),
-                     block(one.h.get(), 0, layer_.tokens, i, 1), eps, one.h.type());
+        expect_close(what("h of triplet " + std::to_string(i), k),
+                     block(expected.adapters[k].h, 0, layer_.tokens, i, 1), block(one.h.get(), 0, layer_.tokens, i, 1),
+                     eps, one.h.type());
   }
   EXPECT_TRUE(!all_y_ || all_y_->gaps_untouched()) << what("all y", 0);
 }

@@ -1,14 +1,13 @@
 // The library's side of a forward and backward pass: adapters, buffers on a backend, calls.
 #pragma once
 
-#include "layer.hpp"
-
-#include "support/backend.hpp"
-#include "support/memory.hpp"
-
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "layer.hpp"
+#include "support/backend.hpp"
+#include "support/memory.hpp"
 
 namespace operations {
 

@@ -1,7 +1,6 @@
 // Gram matrices and the orthogonality penalty with its gradient.
 
 #include "operations.hpp"
-
 #include "support/compare.hpp"
 #include "support/model.hpp"
 
@@ -51,7 +50,8 @@ double penalty(const Model& model, const std::vector<double>* gram, double weigh
   const Value<double> value(model.backend(), -1.0);
   const Values<double> given(model.backend(), gram != nullptr ? *gram : std::vector<double>{});
   require(adalora_allocator_orthogonality(model.allocator(), gram != nullptr ? given.data() : nullptr, weight,
-                                          factor != nullptr ? factor->data() : nullptr, value.data(), model.backend().stream()));
+                                          factor != nullptr ? factor->data() : nullptr, value.data(),
+                                          model.backend().stream()));
   return value.get();
 }
 
@@ -90,9 +90,10 @@ void orthogonality(Backend& backend, const ModelCase& c, bool from_gram) {
     for (int m : {0, 2}) {
       const auto [norm, slope] = oracle::orthogonality(both[m == 0 ? 0 : 1]);
       expected += norm;
-      const Dense<Bounded> added = oracle::scaled(m == 0 ? slope : transposed(slope), Bounded(scale * weight / (2 * n)));
-      expect_close("gradient of " + std::string(m == 0 ? "A" : "B") + std::to_string(k), oracle::sum(as<Bounded>(before[k][m]), added),
-                   after[k][m], tolerance(c.param), c.grad());
+      const Dense<Bounded> added =
+          oracle::scaled(m == 0 ? slope : transposed(slope), Bounded(scale * weight / (2 * n)));
+      expect_close("gradient of " + std::string(m == 0 ? "A" : "B") + std::to_string(k),
+                   oracle::sum(as<Bounded>(before[k][m]), added), after[k][m], tolerance(c.param), c.grad());
     }
     EXPECT_EQ(before[k].E.values, after[k].E.values) << "the penalty has no gradient for E";
   }
@@ -158,7 +159,8 @@ std::vector<Case> regularizer_cases() {
   std::vector<Case> rows;
   const auto add = [&](const std::string& name, adalora_dtype_t param, adalora_dtype_t gradient, bool master) {
     const ModelCase c = typed(name, param, gradient, master);
-    const std::string what = name + " layers, " + name_of(param) + " gradients " + name_of(c.grad()) + (master ? " with master" : "");
+    const std::string what =
+        name + " layers, " + name_of(param) + " gradients " + name_of(c.grad()) + (master ? " with master" : "");
     rows.push_back({"gram", what, [c](Backend& b) { gram(b, c); }});
     rows.push_back({"orthogonality", what, [c](Backend& b) { orthogonality(b, c, false); }});
     rows.push_back({"orthogonality from Gram matrices", what, [c](Backend& b) { orthogonality(b, c, true); }});
@@ -172,7 +174,8 @@ std::vector<Case> regularizer_cases() {
   rows.push_back({"orthogonality", "by finite differences", orthogonality_by_finite_differences});
   rows.push_back({"orthogonality", "weight 0", weight_zero_changes_nothing});
   for (adalora_dtype_t param : {f64, f32, bf16})
-    rows.push_back({"orthogonality", name_of(param) + " orthonormal", [param](Backend& b) { orthonormal_has_no_gradient(b, param); }});
+    rows.push_back({"orthogonality", name_of(param) + " orthonormal",
+                    [param](Backend& b) { orthonormal_has_no_gradient(b, param); }});
   return rows;
 }
 

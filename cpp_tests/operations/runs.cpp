@@ -1,11 +1,10 @@
 // Whole runs: against the oracle's, in separate calls, resumed at every step, sharded over two processes.
 
-#include "operations.hpp"
+#include <numeric>
 
+#include "operations.hpp"
 #include "support/compare.hpp"
 #include "support/model.hpp"
-
-#include <numeric>
 
 namespace operations {
 
@@ -52,7 +51,13 @@ void give(Model& model, const Event& event) {
 class OracleRun {
  public:
   OracleRun(const ModelCase& c, const Model& start)
-      : p(start.contents(&Part::p)), m(start.contents(&Part::m)), v(m), ipt(m), unc(m), case_(c), applied_(c.layers.size()) {}
+      : p(start.contents(&Part::p)),
+        m(start.contents(&Part::m)),
+        v(m),
+        ipt(m),
+        unc(m),
+        case_(c),
+        applied_(c.layers.size()) {}
 
   void step(const Event& event, const Contents& g) {
     if (!event.found_inf) update(event, g);
@@ -75,7 +80,8 @@ class OracleRun {
           const double slope = g[k][q].values[i] * event.factor;
           if (has_grad) oracle::adamw(value, slope, m[k][q].values[i], v[k][q].values[i], applied_[k], case_.hypers[0]);
           if (event.step < case_.schedule.end() && !final)
-            oracle::smooth(has_grad ? std::fabs(value * slope) : 0.0, ipt[k][q].values[i], unc[k][q].values[i], case_.beta1, case_.beta2);
+            oracle::smooth(has_grad ? std::fabs(value * slope) : 0.0, ipt[k][q].values[i], unc[k][q].values[i],
+                           case_.beta1, case_.beta2);
         }
     }
   }
@@ -120,14 +126,19 @@ void against_oracle(Backend& backend, const ModelCase& c, const std::vector<Even
 
     const struct {
       const char* name;
-      Tensor Part::*kind;
+      Tensor Part::* kind;
       const Contents& expected;
-    } kinds[] = {{"p", &Part::p, run.p}, {"m", &Part::m, run.m}, {"v", &Part::v, run.v}, {"ipt", &Part::ipt, run.ipt}, {"unc", &Part::unc, run.unc}};
+    } kinds[] = {{"p", &Part::p, run.p},
+                 {"m", &Part::m, run.m},
+                 {"v", &Part::v, run.v},
+                 {"ipt", &Part::ipt, run.ipt},
+                 {"unc", &Part::unc, run.unc}};
     for (const auto& kind : kinds) {
       const Contents found = model.contents(kind.kind);
       for (size_t k = 0; k < found.size(); ++k)
         for (int m : {0, 1, 2})
-          expect_near(std::string(kind.name) + " of " + "AEB"[m] + std::to_string(k), kind.expected[k][m], found[k][m], fraction);
+          expect_near(std::string(kind.name) + " of " + "AEB"[m] + std::to_string(k), kind.expected[k][m], found[k][m],
+                      fraction);
     }
     const adalora_report_t report = model.report();
     EXPECT_EQ(report.budget, run.budget);
@@ -136,7 +147,8 @@ void against_oracle(Backend& backend, const ModelCase& c, const std::vector<Even
     EXPECT_EQ(report.last_step, event.step);
     EXPECT_EQ(report.is_final, run.final ? 1 : 0);
     EXPECT_EQ(report.has_pattern, run.stays.empty() ? 0 : 1);
-    const std::vector<uint8_t> stays = run.stays.empty() ? std::vector<uint8_t>(static_cast<size_t>(c.total_rank()), 1) : run.stays;
+    const std::vector<uint8_t> stays =
+        run.stays.empty() ? std::vector<uint8_t>(static_cast<size_t>(c.total_rank()), 1) : run.stays;
     EXPECT_EQ(model.pattern(), stays);
     EXPECT_EQ(report.live_triplets, std::accumulate(stays.begin(), stays.end(), int64_t{0}));
     const std::vector<int64_t> ranks = model.ranks();
@@ -207,7 +219,9 @@ void bound_again(Backend& backend, const ModelCase& c) {
 // What the second of two processes owns of each matrix, or the first: columns of A, values of E, rows of B.
 std::vector<Owned> half(const ModelCase& c, bool second, bool replicates_E) {
   std::vector<Owned> owned;
-  const auto range = [&](int64_t count) { return second ? std::pair{count / 2, count} : std::pair{int64_t{0}, count / 2}; };
+  const auto range = [&](int64_t count) {
+    return second ? std::pair{count / 2, count} : std::pair{int64_t{0}, count / 2};
+  };
   for (size_t i = 0; i < c.layers.size(); ++i) {
     const auto k = static_cast<int64_t>(i);
     const auto [in, out, rank] = c.layers[i];
@@ -240,7 +254,8 @@ struct Norm {
 Norm norm_of(const Model& model) {
   const Value<double> squares(model.backend(), 0.0);
   const Value<float> found_inf(model.backend(), 0.0f);
-  require(adalora_allocator_gradient_norm(model.allocator(), nullptr, squares.data(), found_inf.data(), model.backend().stream()));
+  require(adalora_allocator_gradient_norm(model.allocator(), nullptr, squares.data(), found_inf.data(),
+                                          model.backend().stream()));
   return {squares.get(), found_inf.get()};
 }
 
@@ -255,20 +270,21 @@ std::vector<double> gram_of(const Model& model) {
 double penalty_of(Model& model, const std::vector<double>& gram) {
   const Values<double> given(model.backend(), gram);
   const Value<double> value(model.backend());
-  require(adalora_allocator_orthogonality(model.allocator(), given.data(), 0.1, nullptr, value.data(), model.backend().stream()));
+  require(adalora_allocator_orthogonality(model.allocator(), given.data(), 0.1, nullptr, value.data(),
+                                          model.backend().stream()));
   return value.get();
 }
 
 void expect_owned(const Model& whole, const Model& share, const std::vector<Owned>& owned, double fraction) {
-  for (Tensor Part::*kind : {&Part::p, &Part::g, &Part::m, &Part::v, &Part::ipt, &Part::unc})
+  for (Tensor Part::* kind : {&Part::p, &Part::g, &Part::m, &Part::v, &Part::ipt, &Part::unc})
     for (const Owned& range : owned) {
       const auto k = static_cast<size_t>(range.adapter);
       const auto elements = [&](const Model& model) {
         const std::vector<double> all = (model.part(k, range.matrix).*kind).get().values;
         return Dense<double>(1, range.end - range.begin, {all.begin() + range.begin, all.begin() + range.end});
       };
-      expect_near("elements from " + std::to_string(range.begin) + " of " + "AEB"[range.matrix] + std::to_string(k), elements(whole),
-                  elements(share), fraction);
+      expect_near("elements from " + std::to_string(range.begin) + " of " + "AEB"[range.matrix] + std::to_string(k),
+                  elements(whole), elements(share), fraction);
     }
 }
 
@@ -334,7 +350,8 @@ std::vector<Case> run_cases() {
     c.param = param;
     const double fraction = param == f64 ? 1e-12 : 1e-5;
     const auto add = [&](const std::string& what, const ModelCase& model, const std::vector<Event>& events) {
-      rows.push_back({"run", name_of(param) + " " + what, [=](Backend& b) { against_oracle(b, model, events, fraction); }});
+      rows.push_back(
+          {"run", name_of(param) + " " + what, [=](Backend& b) { against_oracle(b, model, events, fraction); }});
     };
     add("every step", c, steps_of(c.schedule));
     add("with events", c, eventful(c.schedule));
@@ -355,7 +372,8 @@ std::vector<Case> run_cases() {
   low.param = bf16;
   low.gradient = f32;
   low.master = true;
-  rows.push_back({"run", "bf16 with master", [low](Backend& b) { against_oracle(b, low, eventful(low.schedule), 1e-5); }});
+  rows.push_back(
+      {"run", "bf16 with master", [low](Backend& b) { against_oracle(b, low, eventful(low.schedule), 1e-5); }});
 
   for (adalora_dtype_t param : {f64, f32, bf16, f16})
     for (bool master : {false, true}) {

@@ -1,12 +1,11 @@
 // Scores, the schedule, and which triplets stay.
 
-#include "operations.hpp"
+#include <numeric>
 
+#include "operations.hpp"
 #include "support/compare.hpp"
 #include "support/model.hpp"
 #include "support/random.hpp"
-
-#include <numeric>
 
 namespace operations {
 
@@ -27,7 +26,8 @@ std::vector<double> all_scores(const Model& model) {
 // E of every triplet, adapter by adapter.
 std::vector<double> all_E(const Model& model) {
   std::vector<double> all;
-  for (const oracle::Triplets<double>& p : model.contents(&Part::p)) all.insert(all.end(), p.E.values.begin(), p.E.values.end());
+  for (const oracle::Triplets<double>& p : model.contents(&Part::p))
+    all.insert(all.end(), p.E.values.begin(), p.E.values.end());
   return all;
 }
 
@@ -45,7 +45,7 @@ void expect_masked(const Model& model, const std::vector<double>& before, const 
 }
 
 bool averages_are_zero(const Model& model) {
-  for (Tensor Part::*kind : {&Part::ipt, &Part::unc})
+  for (Tensor Part::* kind : {&Part::ipt, &Part::unc})
     for (const oracle::Triplets<double>& q : model.contents(kind))
       for (int m : {0, 1, 2})
         for (double value : q[m].values)
@@ -66,7 +66,8 @@ void scores(Backend& backend, const ModelCase& c) {
   Model model(backend, backend.context(), c);
   for (int64_t step : {1, 2, 3}) model.update(step);
   const std::vector<double> expected = all_scores(model), found = model.scores();
-  expect_near("scores", {1, static_cast<int64_t>(expected.size()), expected}, {1, static_cast<int64_t>(found.size()), found}, 1e-14);
+  expect_near("scores", {1, static_cast<int64_t>(expected.size()), expected},
+              {1, static_cast<int64_t>(found.size()), found}, 1e-14);
 }
 
 // Products and sums beyond the largest number stay finite, and still rank above all others.
@@ -76,7 +77,7 @@ void scores_that_overflow(Backend& backend, adalora_dtype_t param) {
   model.update(1);
   const double huge = param == f64 ? 1e200 : 3e38;
   for (int m : {0, 1, 2})
-    for (Tensor Part::*kind : {&Part::ipt, &Part::unc}) {
+    for (Tensor Part::* kind : {&Part::ipt, &Part::unc}) {
       Tensor& average = model.part(0, m).*kind;
       Dense<double> values = average.get();
       for (int64_t j = 0; j < (m == 0 ? values.columns : 1); ++j) values(0, j) = huge;
@@ -144,7 +145,8 @@ void strange_scores(Backend& backend, const ModelCase& c) {
 
 void schedule(Backend& backend) {
   ModelCase c;
-  for (const oracle::Schedule& s : {oracle::Schedule{0, 0, 1, 1}, {4, 4, 20, 2}, {3, 0, 50, 7}, {0, 5, 1000, 1}, {10, 1, 300, 1000}}) {
+  for (const oracle::Schedule& s :
+       {oracle::Schedule{0, 0, 1, 1}, {4, 4, 20, 2}, {3, 0, 50, 7}, {0, 5, 1000, 1}, {10, 1, 300, 1000}}) {
     c.schedule = s;
     for (int32_t unit : {ADALORA_BUDGET_TRIPLETS, ADALORA_BUDGET_PARAMETERS}) {
       c.budget_unit = unit;
@@ -184,7 +186,8 @@ void set_pattern(Backend& backend, const ModelCase& c) {
     Model model(backend, backend.context(), c);
     model.update(1);
     std::vector<uint8_t> given(static_cast<size_t>(c.total_rank()));
-    for (size_t i = 0; i < given.size(); ++i) given[i] = i % 3 == 0 ? static_cast<uint8_t>(i + 1) : 0;  // any number but 0 keeps
+    for (size_t i = 0; i < given.size(); ++i)
+      given[i] = i % 3 == 0 ? static_cast<uint8_t>(i + 1) : 0;  // any number but 0 keeps
     std::vector<uint8_t> stays(given.size());
     for (size_t i = 0; i < given.size(); ++i) stays[i] = given[i] != 0 ? 1 : 0;
     const std::vector<double> before = all_E(model);
@@ -214,7 +217,8 @@ void final_pattern_is_applied_again(Backend& backend, const ModelCase& c) {
   const std::vector<uint8_t> stays = model.pattern();
   for (int64_t step = c.schedule.end() + 1; step < c.schedule.total_step; ++step) {
     for (size_t k = 0; k < c.layers.size(); ++k)
-      model.part(k, 1).p.set(Dense<double>(1, c.layers[k].rank, std::vector<double>(static_cast<size_t>(c.layers[k].rank), 0.5)));
+      model.part(k, 1).p.set(
+          Dense<double>(1, c.layers[k].rank, std::vector<double>(static_cast<size_t>(c.layers[k].rank), 0.5)));
     const std::vector<double> before = all_E(model);
     model.select(step);
     expect_masked(model, before, stays);
@@ -255,7 +259,7 @@ void reset(Backend& backend, const ModelCase& c) {
   for (int64_t step = 0; step < c.schedule.total_step; ++step) model.step(step);
   const Contents p = model.contents(&Part::p);
   require(adalora_allocator_reset(model.allocator(), backend.stream()));
-  for (Tensor Part::*kind : {&Part::m, &Part::v, &Part::ipt, &Part::unc})
+  for (Tensor Part::* kind : {&Part::m, &Part::v, &Part::ipt, &Part::unc})
     for (const oracle::Triplets<double>& q : model.contents(kind))
       for (int m : {0, 1, 2})
         for (double value : q[m].values) ASSERT_EQ(value, 0.0);
@@ -301,7 +305,8 @@ std::vector<Case> selection_cases() {
   rows.push_back({"select", "after the end", [c](Backend& b) { final_pattern_is_applied_again(b, c); }});
   c.budget_unit = ADALORA_BUDGET_PARAMETERS;
   rows.push_back({"select", "budget in parameters", [c](Backend& b) { selects(b, c); }});
-  for (adalora_dtype_t param : {f64, f32}) rows.push_back({"scores", name_of(param) + " overflow", [param](Backend& b) { scores_that_overflow(b, param); }});
+  for (adalora_dtype_t param : {f64, f32})
+    rows.push_back({"scores", name_of(param) + " overflow", [param](Backend& b) { scores_that_overflow(b, param); }});
   return rows;
 }
 

@@ -1,4 +1,5 @@
-// Two tensor-parallel processes, each with a share of the input and the output features, that sum h and g between the stages.
+// Two tensor-parallel processes, each with a share of the input and the output features, that sum h and g between the
+// stages.
 
 #include "operations.hpp"
 #include "pass.hpp"
@@ -17,10 +18,12 @@ LayerContents share_of(const LayerContents& whole, const Share& s) {
   const AdapterContents& one = whole.adapters[0];
   const int64_t rank = one.params.rank(), tokens = whole.x.rows;
   const auto triplets = [&](const oracle::Triplets<double>& p) {
-    return oracle::Triplets<double>{block(p.A, 0, rank, s.in_begin, s.in), p.E, block(p.B, s.out_begin, s.out, 0, rank)};
+    return oracle::Triplets<double>{block(p.A, 0, rank, s.in_begin, s.in), p.E,
+                                    block(p.B, s.out_begin, s.out, 0, rank)};
   };
   const auto outputs = [&](const Dense<double>& y) { return block(y, 0, tokens, s.out_begin, s.out); };
-  return {block(whole.x, 0, tokens, s.in_begin, s.in), block(whole.dx, 0, tokens, s.in_begin, s.in),
+  return {block(whole.x, 0, tokens, s.in_begin, s.in),
+          block(whole.dx, 0, tokens, s.in_begin, s.in),
           {{triplets(one.params), triplets(one.grads), outputs(one.y), outputs(one.dy)}}};
 }
 
@@ -28,8 +31,11 @@ LayerResults share_of(const LayerResults& whole, const Share& s) {
   const AdapterResults& one = whole.adapters[0];
   const int64_t rank = one.grads.rank(), tokens = whole.dx.rows;
   return {block(whole.dx, 0, tokens, s.in_begin, s.in),
-          {{one.h, block(one.y, 0, tokens, s.out_begin, s.out), one.g,
-            {block(one.grads.A, 0, rank, s.in_begin, s.in), one.grads.E, block(one.grads.B, s.out_begin, s.out, 0, rank)}}}};
+          {{one.h,
+            block(one.y, 0, tokens, s.out_begin, s.out),
+            one.g,
+            {block(one.grads.A, 0, rank, s.in_begin, s.in), one.grads.E,
+             block(one.grads.B, s.out_begin, s.out, 0, rank)}}}};
 }
 
 // What an all-reduce does.
@@ -87,7 +93,8 @@ std::vector<Case> tensor_parallel_cases() {
       layer.dropout = {dropout, 5, 6, 7, 0};
       layer.gap = dropout > 0 ? 2 : 0;
       layer.name = name_of(activation) + " " + name_of(param) + (dropout > 0 ? " with dropout and gaps" : " plain");
-      rows.push_back({"two tensor-parallel shares", layer.name, [layer](Backend& backend) { two_shares_are_the_whole(backend, layer); }});
+      rows.push_back({"two tensor-parallel shares", layer.name,
+                      [layer](Backend& backend) { two_shares_are_the_whole(backend, layer); }});
     }
   return rows;
 }

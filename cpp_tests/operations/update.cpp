@@ -1,7 +1,6 @@
 // AdamW and importance in one pass: every element of every slice.
 
 #include "operations.hpp"
-
 #include "support/compare.hpp"
 #include "support/model.hpp"
 
@@ -36,8 +35,12 @@ struct State {
   Contents p, g, m, v, ipt, unc;
 
   explicit State(const Model& model)
-      : p(model.contents(&Part::p)), g(model.contents(&Part::g)), m(model.contents(&Part::m)), v(model.contents(&Part::v)),
-        ipt(model.contents(&Part::ipt)), unc(model.contents(&Part::unc)) {}
+      : p(model.contents(&Part::p)),
+        g(model.contents(&Part::g)),
+        m(model.contents(&Part::m)),
+        v(model.contents(&Part::v)),
+        ipt(model.contents(&Part::ipt)),
+        unc(model.contents(&Part::unc)) {}
 };
 
 // AdamW as the oracle computes it, from the state before.
@@ -61,7 +64,8 @@ void check_adamw(const Model& model, const UpdateCase& c, const State& before, c
 void check_importance(const UpdateCase& c, const State& before, const State& after, size_t k, int m, bool has_grad) {
   auto ipt = as<Bounded>(before.ipt[k][m]), unc = as<Bounded>(before.unc[k][m]);
   for (size_t i = 0; i < ipt.values.size(); ++i) {
-    const Bounded sensitivity = has_grad ? abs(Bounded(after.p[k][m].values[i]) * before.g[k][m].values[i] * c.factor) : Bounded(0.0);
+    const Bounded sensitivity =
+        has_grad ? abs(Bounded(after.p[k][m].values[i]) * before.g[k][m].values[i] * c.factor) : Bounded(0.0);
     oracle::smooth(sensitivity, ipt.values[i], unc.values[i], c.model.beta1, c.model.beta2);
   }
   const std::string what = c.name + ": " + "AEB"[m] + std::to_string(k);
@@ -72,11 +76,13 @@ void check_importance(const UpdateCase& c, const State& before, const State& aft
 void updates(Backend& backend, const UpdateCase& c) {
   Model model(backend, backend.context(), c.model);
   model.set_factor(c.factor);
-  const std::vector<uint8_t> has_grad = c.has_grad.empty() ? std::vector<uint8_t>(c.model.layers.size(), 1) : c.has_grad;
+  const std::vector<uint8_t> has_grad =
+      c.has_grad.empty() ? std::vector<uint8_t>(c.model.layers.size(), 1) : c.has_grad;
   model.set_has_grad(has_grad);
   // Groups of hyperparameters by matrix, as far as there are several.
   std::vector<Owned> owned = model.everything();
-  for (Owned& range : owned) range.hyper = static_cast<int32_t>(static_cast<size_t>(range.matrix) % c.model.hypers.size());
+  for (Owned& range : owned)
+    range.hyper = static_cast<int32_t>(static_cast<size_t>(range.matrix) % c.model.hypers.size());
   model.bind(owned);
 
   for (int64_t applied = 1; applied <= 3; ++applied) {
@@ -120,7 +126,7 @@ void after_the_last_mask(Backend& backend, const UpdateCase& c) {
   Model model(backend, backend.context(), c.model);
   model.set_pattern(std::vector<uint8_t>(static_cast<size_t>(c.model.total_rank()), 1), true);
   model.update(1);
-  for (Tensor Part::*average : {&Part::ipt, &Part::unc})
+  for (Tensor Part::* average : {&Part::ipt, &Part::unc})
     for (const oracle::Triplets<double>& q : model.contents(average))
       for (int m : {0, 1, 2})
         for (double value : q[m].values) ASSERT_EQ(value, 0.0) << "a final pattern needs no averages";
@@ -146,12 +152,14 @@ std::vector<Case> update_cases() {
     adalora_dtype_t param, gradient;
     bool master;
   };
-  const std::vector<Types> all = {{f64, 0, false}, {f32, 0, false},   {bf16, 0, false}, {bf16, f32, false}, {bf16, 0, true},
-                                  {bf16, f32, true}, {f16, 0, false}, {f16, f32, false}, {f16, 0, true},    {f16, f32, true}};
+  const std::vector<Types> all = {{f64, 0, false}, {f32, 0, false},   {bf16, 0, false}, {bf16, f32, false},
+                                  {bf16, 0, true}, {bf16, f32, true}, {f16, 0, false},  {f16, f32, false},
+                                  {f16, 0, true},  {f16, f32, true}};
   for (const Types& types : all) {
     UpdateCase c;
     c.model = layers_of(types.param, types.gradient, types.master);
-    const std::string type = name_of(types.param) + " gradients " + name_of(c.model.grad()) + (types.master ? " master " : " ");
+    const std::string type =
+        name_of(types.param) + " gradients " + name_of(c.model.grad()) + (types.master ? " master " : " ");
     const auto add = [&](const std::string& what, const UpdateCase& row) {
       UpdateCase named = row;
       named.name = type + what;

@@ -1,12 +1,11 @@
 // Delta weight, merging and unmerging, in both layouts and every type of weight.
 
-#include "operations.hpp"
-#include "layer.hpp"
+#include <optional>
 
+#include "layer.hpp"
+#include "operations.hpp"
 #include "support/memory.hpp"
 #include "support/random.hpp"
-
-#include <optional>
 
 namespace operations {
 
@@ -26,9 +25,14 @@ struct WeightCase {
 class Weights {
  public:
   Weights(Backend& backend, const WeightCase& c)
-      : backend_(backend), case_(c), contents_(random_contents(layer(c))), A_(backend, c.param, contents_.adapters[0].params.A, c.gap),
-        E_(backend, c.param, contents_.adapters[0].params.E, c.gap), B_(backend, c.param, contents_.adapters[0].params.B, c.gap),
-        w(backend, c.weight, base(), c.gap), backup(backend, c.weight, base().rows, base().columns, c.gap) {
+      : backend_(backend),
+        case_(c),
+        contents_(random_contents(layer(c))),
+        A_(backend, c.param, contents_.adapters[0].params.A, c.gap),
+        E_(backend, c.param, contents_.adapters[0].params.E, c.gap),
+        B_(backend, c.param, contents_.adapters[0].params.B, c.gap),
+        w(backend, c.weight, base(), c.gap),
+        backup(backend, c.weight, base().rows, base().columns, c.gap) {
     adalora_adapter_desc_t desc{};
     desc.struct_size = sizeof desc;
     desc.in_features = c.in;
@@ -44,13 +48,14 @@ class Weights {
   void delta_weight(bool accumulate) {
     const adalora_triplets_t p = params();
     const adalora_matrix_t m = w.matrix();
-    require(adalora_adapter_delta_weight(adapter_.get(), &p, case_.scaling, case_.fan_in_fan_out, accumulate, &m, backend_.stream()));
+    require(adalora_adapter_delta_weight(adapter_.get(), &p, case_.scaling, case_.fan_in_fan_out, accumulate, &m,
+                                         backend_.stream()));
   }
   void merge(bool keeps_backup, float* non_finite) {
     const adalora_triplets_t p = params();
     const adalora_matrix_t m = w.matrix(), b = backup.matrix();
-    require(adalora_adapter_merge(adapter_.get(), &p, case_.scaling, case_.fan_in_fan_out, &m, keeps_backup ? &b : nullptr, non_finite,
-                                  backend_.stream()));
+    require(adalora_adapter_merge(adapter_.get(), &p, case_.scaling, case_.fan_in_fan_out, &m,
+                                  keeps_backup ? &b : nullptr, non_finite, backend_.stream()));
   }
   void unmerge(bool from_backup) {
     const adalora_triplets_t p = params();
@@ -69,7 +74,8 @@ class Weights {
   }
 
   Dense<double> base() const {
-    Dense<double> values = Random(5).matrix(case_.fan_in_fan_out ? case_.in : case_.out, case_.fan_in_fan_out ? case_.out : case_.in);
+    Dense<double> values =
+        Random(5).matrix(case_.fan_in_fan_out ? case_.in : case_.out, case_.fan_in_fan_out ? case_.out : case_.in);
     for (double& value : values.values) value = rounded(value, case_.weight);
     return values;
   }
@@ -98,11 +104,11 @@ class Weights {
   Tensor w, backup;
 };
 
-
 void delta_weight(Backend& backend, const WeightCase& c, bool accumulate) {
   Weights weights(backend, c);
   weights.delta_weight(accumulate);
-  expect_close(c.name + ": delta weight", weights.expected(accumulate ? 1 : 0), weights.w.get(), tolerance(c.param), c.weight);
+  expect_close(c.name + ": delta weight", weights.expected(accumulate ? 1 : 0), weights.w.get(), tolerance(c.param),
+               c.weight);
   EXPECT_TRUE(weights.w.gaps_untouched());
 }
 
@@ -121,10 +127,12 @@ void merging(Backend& backend, const WeightCase& c) {
 
   Weights without(backend, c);
   without.merge(false, nullptr);
-  expect_close(c.name + ": merged without a backup", without.expected(1), without.w.get(), tolerance(c.param), c.weight);
+  expect_close(c.name + ": merged without a backup", without.expected(1), without.w.get(), tolerance(c.param),
+               c.weight);
   without.w.set(without.base());
   without.unmerge(false);
-  expect_close(c.name + ": delta weight subtracted", without.expected(1, -1), without.w.get(), tolerance(c.param), c.weight);
+  expect_close(c.name + ": delta weight subtracted", without.expected(1, -1), without.w.get(), tolerance(c.param),
+               c.weight);
 }
 
 void non_finite_is_reported(Backend& backend, const WeightCase& c) {
@@ -156,7 +164,8 @@ std::vector<Case> weight_cases() {
         c.weight = weight;
         c.fan_in_fan_out = fan_in_fan_out;
         if (fan_in_fan_out) c.gap = 3, c.scaling = -1.5;
-        c.name = name_of(param) + " to " + name_of(weight) + (fan_in_fan_out ? " in to out, gaps, own scaling" : " out to in");
+        c.name = name_of(param) + " to " + name_of(weight) +
+                 (fan_in_fan_out ? " in to out, gaps, own scaling" : " out to in");
         cases.push_back(c);
       }
   for (bool fan_in_fan_out : {false, true}) {
@@ -172,7 +181,8 @@ std::vector<Case> weight_cases() {
     rows.push_back({"delta weight", c.name, [c](Backend& b) { delta_weight(b, c, false); }});
     rows.push_back({"delta weight added", c.name, [c](Backend& b) { delta_weight(b, c, true); }});
     rows.push_back({"merge and unmerge", c.name, [c](Backend& b) { merging(b, c); }});
-    if (c.rank > 0) rows.push_back({"merge says what is not finite", c.name, [c](Backend& b) { non_finite_is_reported(b, c); }});
+    if (c.rank > 0)
+      rows.push_back({"merge says what is not finite", c.name, [c](Backend& b) { non_finite_is_reported(b, c); }});
   }
   return rows;
 }

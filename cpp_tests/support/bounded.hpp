@@ -1,4 +1,5 @@
-// A number that knows how large an error its computation may have: run the oracle on it, and every result carries its own tolerance.
+// A number that knows how large an error its computation may have: run the oracle on it, and every result carries its
+// own tolerance.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +7,8 @@
 
 namespace support {
 
-// `value` is exact up to float64's rounding. `condition * eps` bounds, to first order, what a computation in the same order of
-// operations loses where each of them and each input is off by `eps` of itself.
+// `value` is exact up to float64's rounding. `condition * eps` bounds, to first order, what a computation in the same
+// order of operations loses where each of them and each input is off by `eps` of itself.
 struct Bounded {
   double value = 0;
   double condition = 0;

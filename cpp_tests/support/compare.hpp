@@ -1,11 +1,6 @@
 // Comparisons that say what was wrong: the largest error, where it is, and both values.
 #pragma once
 
-#include "bounded.hpp"
-#include "dense.hpp"
-#include "elements.hpp"
-#include "memory.hpp"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -13,15 +8,20 @@
 #include <sstream>
 #include <string>
 
+#include "bounded.hpp"
+#include "dense.hpp"
+#include "elements.hpp"
+#include "memory.hpp"
+
 namespace support {
 
-// Rounding errors add up as in a random walk, whose steps `Bounded` adds up at their largest: a small multiple of one rounding serves
-// sums of a thousand terms.
+// Rounding errors add up as in a random walk, whose steps `Bounded` adds up at their largest: a small multiple of one
+// rounding serves sums of a thousand terms.
 inline double tolerance(adalora_dtype_t type) { return 32 * roundoff(compute_type(type)); }
 
 // Each element within `eps` times its condition, and the rounding to the type it is stored in.
-inline void expect_close(const std::string& what, const Dense<Bounded>& expected, const Dense<double>& found, double eps,
-                         adalora_dtype_t stored) {
+inline void expect_close(const std::string& what, const Dense<Bounded>& expected, const Dense<double>& found,
+                         double eps, adalora_dtype_t stored) {
   ASSERT_EQ(expected.rows, found.rows) << what;
   ASSERT_EQ(expected.columns, found.columns) << what;
   double worst = 0;
@@ -35,13 +35,14 @@ inline void expect_close(const std::string& what, const Dense<Bounded>& expected
   }
   if (worst <= 1) return;
   const auto columns = static_cast<size_t>(expected.columns);
-  ADD_FAILURE() << what << ": largest error " << std::fabs(found.values[at] - expected.values[at].value) << ", " << worst
-                << " times what is allowed, at (" << at / columns << ", " << at % columns << "): expected " << std::setprecision(17)
-                << expected.values[at].value << ", found " << found.values[at];
+  ADD_FAILURE() << what << ": largest error " << std::fabs(found.values[at] - expected.values[at].value) << ", "
+                << worst << " times what is allowed, at (" << at / columns << ", " << at % columns << "): expected "
+                << std::setprecision(17) << expected.values[at].value << ", found " << found.values[at];
 }
 
 // The same to a fraction of the largest element, as a whole trajectory is compared.
-inline void expect_near(const std::string& what, const Dense<double>& expected, const Dense<double>& found, double fraction) {
+inline void expect_near(const std::string& what, const Dense<double>& expected, const Dense<double>& found,
+                        double fraction) {
   ASSERT_EQ(expected.values.size(), found.values.size()) << what;
   double largest = 0, worst = 0;
   size_t at = 0;
@@ -53,8 +54,9 @@ inline void expect_near(const std::string& what, const Dense<double>& expected, 
   }
   if (worst <= fraction * largest) return;
   const auto columns = static_cast<size_t>(expected.columns);
-  ADD_FAILURE() << what << ": largest error " << worst << ", allowed " << fraction * largest << ", at (" << at / columns << ", " << at % columns
-                << "): expected " << std::setprecision(17) << expected.values[at] << ", found " << found.values[at];
+  ADD_FAILURE() << what << ": largest error " << worst << ", allowed " << fraction * largest << ", at (" << at / columns
+                << ", " << at % columns << "): expected " << std::setprecision(17) << expected.values[at] << ", found "
+                << found.values[at];
 }
 
 inline void expect_same_bits(const std::string& what, const Bytes& expected, const Bytes& found, adalora_dtype_t type) {
@@ -67,8 +69,9 @@ inline void expect_same_bits(const std::string& what, const Bytes& expected, con
         different++ == 0)
       first = i;
   if (different == 0) return;
-  ADD_FAILURE() << what << ": " << different << " of " << found.size() / element << " elements have other bits, the first at " << first / element
-                << ": expected " << std::setprecision(17) << load(&expected[first], type) << ", found " << load(&found[first], type);
+  ADD_FAILURE() << what << ": " << different << " of " << found.size() / element
+                << " elements have other bits, the first at " << first / element << ": expected "
+                << std::setprecision(17) << load(&expected[first], type) << ", found " << load(&found[first], type);
 }
 
 inline void expect_same_bits(const std::string& what, const Tensor& expected, const Tensor& found) {

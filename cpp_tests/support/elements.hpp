@@ -18,20 +18,30 @@ constexpr adalora_dtype_t f16 = ADALORA_FLOAT16;
 
 inline size_t size_of(adalora_dtype_t type) {
   switch (type) {
-    case f32: return 4;
-    case f64: return 8;
-    case bf16: case f16: return 2;
-    default: throw std::invalid_argument("element type " + std::to_string(type));
+    case f32:
+      return 4;
+    case f64:
+      return 8;
+    case bf16:
+    case f16:
+      return 2;
+    default:
+      throw std::invalid_argument("element type " + std::to_string(type));
   }
 }
 
 inline std::string name_of(adalora_dtype_t type) {
   switch (type) {
-    case f32: return "f32";
-    case f64: return "f64";
-    case bf16: return "bf16";
-    case f16: return "f16";
-    default: throw std::invalid_argument("element type " + std::to_string(type));
+    case f32:
+      return "f32";
+    case f64:
+      return "f64";
+    case bf16:
+      return "bf16";
+    case f16:
+      return "f16";
+    default:
+      throw std::invalid_argument("element type " + std::to_string(type));
   }
 }
 
@@ -41,20 +51,28 @@ inline adalora_dtype_t compute_type(adalora_dtype_t type) { return type == f64 ?
 // Largest relative error of rounding to nearest.
 inline double roundoff(adalora_dtype_t type) {
   switch (type) {
-    case f32: return 0x1p-24;
-    case f64: return 0x1p-53;
-    case bf16: return 0x1p-8;
-    case f16: return 0x1p-11;
-    default: throw std::invalid_argument("element type " + std::to_string(type));
+    case f32:
+      return 0x1p-24;
+    case f64:
+      return 0x1p-53;
+    case bf16:
+      return 0x1p-8;
+    case f16:
+      return 0x1p-11;
+    default:
+      throw std::invalid_argument("element type " + std::to_string(type));
   }
 }
 
 // Largest absolute error of rounding a number below the normal range.
 inline double smallest_step(adalora_dtype_t type) {
   switch (type) {
-    case f64: return 0x1p-1074;
-    case f16: return 0x1p-24;
-    default: return 0x1p-133;  // bfloat16's, which float32's does not exceed
+    case f64:
+      return 0x1p-1074;
+    case f16:
+      return 0x1p-24;
+    default:
+      return 0x1p-133;  // bfloat16's, which float32's does not exceed
   }
 }
 
@@ -103,8 +121,12 @@ inline float from_float16(uint16_t bits) {
 inline void store(void* at, double value, adalora_dtype_t type) {
   const auto single = static_cast<float>(value);
   switch (type) {
-    case f64: std::memcpy(at, &value, 8); break;
-    case f32: std::memcpy(at, &single, 4); break;
+    case f64:
+      std::memcpy(at, &value, 8);
+      break;
+    case f32:
+      std::memcpy(at, &single, 4);
+      break;
     default: {
       const uint16_t half = type == bf16 ? to_bfloat16(single) : to_float16(single);
       std::memcpy(at, &half, 2);
@@ -117,9 +139,15 @@ inline double load(const void* at, adalora_dtype_t type) {
   float single;
   uint16_t half;
   switch (type) {
-    case f64: std::memcpy(&value, at, 8); return value;
-    case f32: std::memcpy(&single, at, 4); return single;
-    default: std::memcpy(&half, at, 2); return type == bf16 ? from_bfloat16(half) : from_float16(half);
+    case f64:
+      std::memcpy(&value, at, 8);
+      return value;
+    case f32:
+      std::memcpy(&single, at, 4);
+      return single;
+    default:
+      std::memcpy(&half, at, 2);
+      return type == bf16 ? from_bfloat16(half) : from_float16(half);
   }
 }
 

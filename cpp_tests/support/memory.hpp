@@ -1,10 +1,6 @@
 // The caller's memory on a backend: buffers, and matrices with gaps between their rows, that notice a stray write.
 #pragma once
 
-#include "backend.hpp"
-#include "dense.hpp"
-#include "elements.hpp"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,6 +8,10 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "backend.hpp"
+#include "dense.hpp"
+#include "elements.hpp"
 
 namespace support {
 
@@ -23,7 +23,9 @@ constexpr unsigned char canary = 0xff;
 class Buffer {
  public:
   Buffer(Backend& backend, size_t bytes, unsigned char fill = canary)
-      : backend_(&backend), bytes_(bytes), memory_(static_cast<unsigned char*>(backend.allocate(margin + bytes + margin))) {
+      : backend_(&backend),
+        bytes_(bytes),
+        memory_(static_cast<unsigned char*>(backend.allocate(margin + bytes + margin))) {
     Bytes all(margin + bytes + margin, canary);
     std::fill(all.begin() + margin, all.end() - margin, fill);
     backend.upload(memory_, all.data(), all.size());
@@ -117,8 +119,12 @@ class Values {
 class Tensor {
  public:
   Tensor(Backend& backend, adalora_dtype_t type, int64_t rows, int64_t columns, int64_t gap = 0)
-      : type_(type), rows_(rows), columns_(columns), stride_(columns + gap),
-        buffer_(backend, rows == 0 || columns == 0 ? 0 : static_cast<size_t>((rows - 1) * stride_ + columns) * size_of(type)) {}
+      : type_(type),
+        rows_(rows),
+        columns_(columns),
+        stride_(columns + gap),
+        buffer_(backend,
+                rows == 0 || columns == 0 ? 0 : static_cast<size_t>((rows - 1) * stride_ + columns) * size_of(type)) {}
   Tensor(Backend& backend, adalora_dtype_t type, const Dense<double>& values, int64_t gap = 0)
       : Tensor(backend, type, values.rows, values.columns, gap) {
     set(values);
@@ -159,13 +165,17 @@ class Tensor {
   }
 
   void* data() const { return buffer_.data(); }
-  void* element(int64_t row, int64_t column) const { return static_cast<unsigned char*>(buffer_.data()) + place(row, column); }
+  void* element(int64_t row, int64_t column) const {
+    return static_cast<unsigned char*>(buffer_.data()) + place(row, column);
+  }
   adalora_dtype_t type() const { return type_; }
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
 
  private:
-  size_t place(int64_t row, int64_t column) const { return static_cast<size_t>(row * stride_ + column) * size_of(type_); }
+  size_t place(int64_t row, int64_t column) const {
+    return static_cast<size_t>(row * stride_ + column) * size_of(type_);
+  }
 
   adalora_dtype_t type_;
   int64_t rows_, columns_, stride_;

@@ -1,23 +1,31 @@
 #include "model.hpp"
 
-#include "random.hpp"
-
 #include <numeric>
+
+#include "random.hpp"
 
 namespace support {
 
 int64_t ModelCase::total_rank() const {
-  return std::accumulate(layers.begin(), layers.end(), int64_t{0}, [](int64_t sum, const LayerShape& l) { return sum + l.rank; });
+  return std::accumulate(layers.begin(), layers.end(), int64_t{0},
+                         [](int64_t sum, const LayerShape& l) { return sum + l.rank; });
 }
 
 namespace {
 
-int64_t cost(const LayerShape& layer, int32_t unit) { return unit == ADALORA_BUDGET_PARAMETERS ? layer.in + layer.out + 1 : 1; }
+int64_t cost(const LayerShape& layer, int32_t unit) {
+  return unit == ADALORA_BUDGET_PARAMETERS ? layer.in + layer.out + 1 : 1;
+}
 
 Part zeros(Backend& backend, const ModelCase& c, int64_t rows, int64_t columns) {
   const Dense<double> zero(rows, columns);
   const auto state = [&] { return Tensor(backend, c.state(), zero); };
-  return {Tensor(backend, c.stored(), zero), Tensor(backend, c.grad(), zero), state(), state(), state(), state(),
+  return {Tensor(backend, c.stored(), zero),
+          Tensor(backend, c.grad(), zero),
+          state(),
+          state(),
+          state(),
+          state(),
           c.master ? std::optional<Tensor>(Tensor(backend, c.param, zero)) : std::nullopt};
 }
 
@@ -29,7 +37,8 @@ void* at(const Tensor& tensor, int64_t element) {
 
 std::vector<int64_t> ModelCase::costs() const {
   std::vector<int64_t> all;
-  for (const LayerShape& layer : layers) all.insert(all.end(), static_cast<size_t>(layer.rank), cost(layer, budget_unit));
+  for (const LayerShape& layer : layers)
+    all.insert(all.end(), static_cast<size_t>(layer.rank), cost(layer, budget_unit));
   return all;
 }
 
@@ -45,7 +54,11 @@ int64_t ModelCase::target_budget() const {
 }
 
 Model::Model(Backend& backend, adalora_context_t* context, const ModelCase& c, uint64_t seed)
-    : backend_(backend), case_(c), step_(backend), factor_(backend, 1.0), found_inf_(backend, 0.0f),
+    : backend_(backend),
+      case_(c),
+      step_(backend),
+      factor_(backend, 1.0),
+      found_inf_(backend, 0.0f),
       has_grad_(backend, std::vector<uint8_t>(c.layers.size(), 1)) {
   for (const LayerShape& layer : c.layers) {
     adalora_adapter_desc_t desc{};
@@ -134,16 +147,18 @@ void Model::bind(const std::vector<Owned>& owned) {
   std::vector<adalora_hyper_t> hypers;
   for (size_t i = 0; i < case_.hypers.size(); ++i) {
     const oracle::Hyper& h = case_.hypers[i];
-    hypers.push_back({sizeof(adalora_hyper_t), rates_[2 * i].data(), rates_[2 * i + 1].data(), h.beta1, h.beta2, h.eps});
+    hypers.push_back(
+        {sizeof(adalora_hyper_t), rates_[2 * i].data(), rates_[2 * i + 1].data(), h.beta1, h.beta2, h.eps});
   }
   const auto n = static_cast<int64_t>(slices.size());
   size_t state = 0, workspace = 0;
   require(adalora_allocator_sizes(allocator_.get(), n, &state, &workspace, nullptr));
   if (!state_) state_.emplace(backend_, state, static_cast<unsigned char>(0));
   workspace_.emplace(backend_, workspace);
-  require(adalora_allocator_bind(allocator_.get(), state_->data(), workspace_->data(), slices.data(), sizeof(adalora_slice_t), n,
-                                 case_.moments ? hypers.data() : nullptr, sizeof(adalora_hyper_t),
-                                 case_.moments ? static_cast<int64_t>(hypers.size()) : 0, backend_.stream()));
+  require(adalora_allocator_bind(allocator_.get(), state_->data(), workspace_->data(), slices.data(),
+                                 sizeof(adalora_slice_t), n, case_.moments ? hypers.data() : nullptr,
+                                 sizeof(adalora_hyper_t), case_.moments ? static_cast<int64_t>(hypers.size()) : 0,
+                                 backend_.stream()));
 }
 
 void Model::move() {
@@ -251,7 +266,7 @@ void Model::load(const Bytes& state) {
   require(adalora_allocator_load_state_sync(allocator_.get(), state.data(), state.size(), backend_.stream()));
 }
 
-Contents Model::contents(Tensor Part::*kind) const {
+Contents Model::contents(Tensor Part::* kind) const {
   Contents all;
   for (size_t k = 0; k < adapters_.size(); ++k)
     all.push_back({(part(k, 0).*kind).get(), (part(k, 1).*kind).get(), (part(k, 2).*kind).get()});

@@ -1,13 +1,13 @@
 // The adapters of a model with all that training keeps for them, on a backend, under one rank allocator.
 #pragma once
 
-#include "backend.hpp"
-#include "memory.hpp"
-#include "oracle.hpp"
-
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "backend.hpp"
+#include "memory.hpp"
+#include "oracle.hpp"
 
 namespace support {
 
@@ -86,7 +86,7 @@ class Model {
   Bytes save() const;
   void load(const Bytes& state);
 
-  Contents contents(Tensor Part::*kind) const;
+  Contents contents(Tensor Part::* kind) const;
   // All that a run resumed elsewhere needs from the caller.
   std::vector<Bytes> tensors() const;
   void set_tensors(const std::vector<Bytes>& tensors);

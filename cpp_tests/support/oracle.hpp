@@ -3,10 +3,6 @@
 // Templates over the number: double, or Bounded, which also says how exact a result can be asked to be.
 #pragma once
 
-#include "bounded.hpp"
-#include "dense.hpp"
-#include "philox.hpp"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,6 +10,10 @@
 #include <numeric>
 #include <utility>
 #include <vector>
+
+#include "bounded.hpp"
+#include "dense.hpp"
+#include "philox.hpp"
 
 namespace support::oracle {
 
@@ -93,7 +93,9 @@ Dense<T> dropped(Dense<T> x, const Dropout& d) {
   if (d.probability == 0) return x;
   for (int64_t t = 0; t < x.rows; ++t)
     for (int64_t c = 0; c < x.columns; ++c)
-      x(t, c) = kept(d.seed, d.offset, d.token0 + t, d.column0 + c, d.probability) ? x(t, c) * T(1 / (1 - d.probability)) : T{};
+      x(t, c) = kept(d.seed, d.offset, d.token0 + t, d.column0 + c, d.probability)
+                    ? x(t, c) * T(1 / (1 - d.probability))
+                    : T{};
   return x;
 }
 
@@ -113,7 +115,8 @@ Dense<T> project_back(const Dense<T>& dy, const Triplets<T>& p, double s) {
 }
 
 template <class T>
-Triplets<T> gradients(const Dense<T>& x, const Dense<T>& h, const Dense<T>& dy, const Dense<T>& g, const Triplets<T>& p, double s) {
+Triplets<T> gradients(const Dense<T>& x, const Dense<T>& h, const Dense<T>& dy, const Dense<T>& g, const Triplets<T>& p,
+                      double s) {
   Triplets<T> d;
   d.A = transposed(columns_scaled(transposed_times(x, g), p.E));
   d.E = Dense<T>(1, p.rank());
@@ -184,8 +187,10 @@ inline std::vector<double> scores(const Triplets<double>& ipt, const Triplets<do
   std::vector<double> score(static_cast<size_t>(ipt.rank()));
   for (int64_t i = 0; i < ipt.rank(); ++i) {
     double row = 0, column = 0;
-    for (int64_t c = 0; c < ipt.A.columns; ++c) row += finite(ipt.A(i, c) * unc.A(i, c)) / static_cast<double>(ipt.A.columns);
-    for (int64_t c = 0; c < ipt.B.rows; ++c) column += finite(ipt.B(c, i) * unc.B(c, i)) / static_cast<double>(ipt.B.rows);
+    for (int64_t c = 0; c < ipt.A.columns; ++c)
+      row += finite(ipt.A(i, c) * unc.A(i, c)) / static_cast<double>(ipt.A.columns);
+    for (int64_t c = 0; c < ipt.B.rows; ++c)
+      column += finite(ipt.B(c, i) * unc.B(c, i)) / static_cast<double>(ipt.B.rows);
     score[static_cast<size_t>(i)] = finite(finite(ipt.E(0, i) * unc.E(0, i)) + finite(row) + finite(column));
   }
   return score;

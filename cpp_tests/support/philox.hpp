@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011), and the dropout mask made of it.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011), and the dropout
+// mask made of it.
 #pragma once
 
 #include <array>
@@ -21,8 +22,8 @@ inline std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> counter, st
 
 // Whether dropout keeps element (token, column) of the whole layer's input.
 inline bool kept(uint64_t seed, uint64_t offset, int64_t token, int64_t column, double dropout) {
-  const auto words = philox4x32_10({static_cast<uint32_t>(column / 4), static_cast<uint32_t>(token), static_cast<uint32_t>(offset),
-                                    static_cast<uint32_t>(offset >> 32)},
+  const auto words = philox4x32_10({static_cast<uint32_t>(column / 4), static_cast<uint32_t>(token),
+                                    static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)},
                                    {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
   return static_cast<double>(words[static_cast<size_t>(column % 4)]) >= std::nearbyint(dropout * 0x1p32);
 }

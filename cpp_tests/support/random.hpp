@@ -1,9 +1,9 @@
 // Reproducible numbers for inputs: SplitMix64.
 #pragma once
 
-#include "dense.hpp"
-
 #include <cstdint>
+
+#include "dense.hpp"
 
 namespace support {
 
