@@ -236,8 +236,9 @@ typedef struct adalora_call_t {
   // `g = scaling dy B`, likewise: written by backward's first stage, read by its second. NULL where both run in one
   // call.
   void *g;
-  // [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost
-  // nothing and receive no gradient (0 where gradients are overwritten). NULL: all are computed.
+  // [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost nothing
+  // and receive no gradient (0 where gradients are overwritten); their columns of h and g are written as 0. NULL: all
+  // are computed.
   const uint8_t *pattern;
   // Dropout's seed and place.
   struct adalora_dropout_t dropout;

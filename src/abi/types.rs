@@ -212,8 +212,9 @@ pub struct Call {
     /// `g = scaling dy B`, likewise: written by backward's first stage, read by its second. NULL where both run in one
     /// call.
     pub g: *mut c_void,
-    /// [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost
-    /// nothing and receive no gradient (0 where gradients are overwritten). NULL: all are computed.
+    /// [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost nothing
+    /// and receive no gradient (0 where gradients are overwritten); their columns of h and g are written as 0. NULL: all
+    /// are computed.
     pub pattern: *const u8,
     /// Dropout's seed and place.
     pub dropout: Dropout,

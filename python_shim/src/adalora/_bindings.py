@@ -266,7 +266,8 @@ class adalora_call_t(Structure):
         # one call.
         ("g", c_void_p),
         # [rank], not 0 where the triplet is kept; only where the pattern is final, since masked triplets then cost
-        # nothing and receive no gradient (0 where gradients are overwritten). NULL: all are computed.
+        # nothing and receive no gradient (0 where gradients are overwritten); their columns of h and g are written as
+        # 0. NULL: all are computed.
         ("pattern", c_void_p),
         # Dropout's seed and place.
         ("dropout", adalora_dropout_t),
