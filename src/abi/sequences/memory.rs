@@ -479,17 +479,18 @@ impl Memory {
             if old == new {
                 continue;
             }
+            let mut allowed = vec![false; new.len()];
             let lists = [writes.always.as_slice(), if refused { &[] } else { writes.on_success.as_slice() }];
-            let allowed: Vec<_> = lists.concat().into_iter().filter(|(b, _)| b == id).map(|(_, range)| range).collect();
-            for (i, (old, new)) in old.iter().zip(new).enumerate().filter(|(_, (old, new))| old != new) {
-                if !allowed.iter().any(|range| range.contains(&i)) {
-                    let what = if block.owned.iter().any(|r| r.contains(&i)) { "an operand" } else { "a guard zone" };
-                    return Err(format!(
-                        "byte {i} of block {id} ({what}; operands at {:?}) went from {old:#04x} to {new:#04x}, \
-                         and only {allowed:?} may be written",
-                        block.owned
-                    ));
-                }
+            for (_, range) in lists.into_iter().flatten().filter(|(b, _)| b == id) {
+                allowed[range.clone()].fill(true);
+            }
+            let changed = old.iter().zip(new).zip(&allowed).position(|((old, new), allowed)| old != new && !allowed);
+            if let Some(i) = changed {
+                let what = if block.owned.iter().any(|r| r.contains(&i)) { "an operand" } else { "a guard zone" };
+                return Err(format!(
+                    "byte {i} of block {id}, which it may not write, went from {:#04x} to {:#04x} ({what}; operands at {:?})",
+                    old[i], new[i], block.owned
+                ));
             }
         }
         Ok(())
