@@ -174,6 +174,8 @@ struct Shared {
 
 struct Board {
     job: Option<JobPointer>,
+    /// Threads that have begun to serve.
+    ready: usize,
     stop: bool,
 }
 
@@ -190,7 +192,7 @@ impl Pool {
             busy: AtomicBool::new(false),
             generation: AtomicUsize::new(0),
             active: AtomicUsize::new(0),
-            board: Mutex::new(Board { job: None, stop: false }),
+            board: Mutex::new(Board { job: None, ready: 0, stop: false }),
             wake: Condvar::new(),
             finished: Condvar::new(),
         });
@@ -207,6 +209,12 @@ impl Pool {
             }
         }
         drop(signals);
+        // What a thread allocates at its beginning is behind us when this returns.
+        let mut board = lock(&shared.board);
+        while board.ready < threads.len() {
+            board = shared.finished.wait(board).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(board);
         Self { process: std::process::id(), shared, threads }
     }
 
@@ -251,6 +259,10 @@ impl Drop for Pool {
 
 impl Shared {
     fn serve(&self) {
+        // The thread's own slots are made by the first use, a panic's apart.
+        let _ = quietly(|| ());
+        lock(&self.board).ready += 1;
+        self.finished.notify_one();
         let mut seen = 0;
         loop {
             for _ in 0..SPINS {
