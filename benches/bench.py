@@ -9,6 +9,7 @@ README.md beside this file says what each operation covers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -23,17 +24,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 warnings.filterwarnings("ignore")
+import adalora  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-
-import adalora  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ALPHA, ORTH_REG_WEIGHT, LR, MAX_NORM = 32, 0.5, 1e-4, 1.0
 # A schedule that masks on every step of the benchmark, and is far from its end.
 SCHEDULE = {"tinit": 1, "tfinal": 10, "deltaT": 1, "total_step": 1_000_000}
 FIRST_STEP = 100
+LINE = (
+    "{operation:20} {layers:>6} {in_features:>5} {out_features:>5} {rank:>4} {tokens:>6} {dtype:>9} {threads:>7} "
+    "{ours_ms:>9.3f} {peft_ms:>9.3f} {ratio:>6.2f}"
+)
+TITLES = f"{'operation':20} layers    in   out rank tokens     dtype threads   ours ms   PEFT ms  ratio"
 
 
 class Shape(NamedTuple):
@@ -65,6 +70,7 @@ class Prepared(nn.Linear):
         self.register_buffer("y", torch.zeros(shape.tokens, shape.out_features, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y, whatever x is."""
         return self.y.detach()
 
 
@@ -165,14 +171,17 @@ class Ours:
         self.step = adalora.StepValues(FIRST_STEP, grad_factor=self.factor, found_inf=self.found_inf)
 
     def forward_backward(self) -> None:
+        """One pass through every adapter; gradients for A, E, B and x."""
         for call in self.calls:
             call.forward()
             call.backward(accumulate=False)
 
     def orthogonality(self) -> None:
+        """The penalty and its gradient."""
         self.allocator.orthogonality(ORTH_REG_WEIGHT, value=self.penalty)
 
     def optimizer_allocator(self) -> None:
+        """Clipping, AdamW with importance, and a mask."""
         self.step.step[0] += 1
         self.sum_of_squares[0] = self.found_inf[0] = 0
         self.allocator.gradient_norm(self.sum_of_squares, self.found_inf)
@@ -243,7 +252,7 @@ def machine(context: adalora.Context) -> dict[str, Any]:
     ]
     rustc = subprocess.run(["rustc", "--version"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "processor": f"{field.get('model name', platform.processor())} (family {field.get('cpu family', '?')}, model {field.get('model', '?')})",
+        "processor": " ".join(field.get(k, "?") for k in ("model name", "cpu family", "model")),
         "cores": len(os.sched_getaffinity(0)),
         "instruction_sets": sets,
         "versions": {
@@ -258,6 +267,7 @@ def machine(context: adalora.Context) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Time what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the first shape alone, for less time")
     parser.add_argument("--threads", type=int, nargs="+", help="default: all cores, and 1")
@@ -267,29 +277,25 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     shapes, seconds = (SHAPES[:1], 1.0) if options.quick else (SHAPES, 3.0)
     rows = []
-    print(f"{'operation':20} {'layers':>6} {'in':>5} {'out':>5} {'rank':>4} {'tokens':>6} {'dtype':>9} {'threads':>7} "
-          f"{'ours ms':>9} {'PEFT ms':>9} {'ratio':>6}")  # fmt: skip
+    print(TITLES)
     for threads in options.threads or sorted({cores, 1}, reverse=True):
         torch.set_num_threads(threads)
-        for shape in shapes:
-            for name in options.dtype:
-                dtype = getattr(torch, name)
-                torch.manual_seed(0)
-                other = Peft(shape, dtype)
-                ours = Ours(shape, dtype, threads, other)
-                check_equal(ours, other, 1e-4 if name == "float32" else 2e-2)
-                # The update does not read activations, so that it is timed once.
-                operations = ["forward_backward"]
-                if name == "float32":
-                    operations += ["orthogonality", "optimizer_allocator"]
-                for operation in operations:
-                    ours_ms, peft_ms = medians(getattr(ours, operation), getattr(other, operation), seconds)
-                    row = {"operation": operation, **shape._asdict(), "dtype": name, "threads": threads,
-                           "ours_ms": ours_ms, "peft_ms": peft_ms, "ratio": peft_ms / ours_ms}  # fmt: skip
-                    rows.append(row)
-                    print(f"{operation:20} {shape.layers:6} {shape.in_features:5} {shape.out_features:5} {shape.rank:4} "
-                          f"{shape.tokens:6} {name:>9} {threads:7} {ours_ms:9.3f} {peft_ms:9.3f} {peft_ms / ours_ms:6.2f}",
-                          flush=True)  # fmt: skip
+        for shape, name in itertools.product(shapes, options.dtype):
+            dtype = getattr(torch, name)
+            torch.manual_seed(0)
+            other = Peft(shape, dtype)
+            ours = Ours(shape, dtype, threads, other)
+            check_equal(ours, other, 1e-4 if name == "float32" else 2e-2)
+            # What comes after the passes does not read activations, so that it is timed once.
+            operations = ["forward_backward"]
+            if name == "float32":
+                operations += ["orthogonality", "optimizer_allocator"]
+            for operation in operations:
+                ours_ms, peft_ms = medians(getattr(ours, operation), getattr(other, operation), seconds)
+                row = {"operation": operation, **shape._asdict(), "dtype": name, "threads": threads}
+                row |= {"ours_ms": ours_ms, "peft_ms": peft_ms, "ratio": peft_ms / ours_ms}
+                rows.append(row)
+                print(LINE.format(**row), flush=True)
     document = {"machine": machine(ours.context), "rows": rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(document, indent=1) + "\n")
