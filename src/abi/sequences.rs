@@ -373,7 +373,7 @@ impl World {
 }
 
 fn run(ops: &[Op], threads: Threads) -> Outcome {
-    let mut worlds = [World::new(0xa5, Threads { threads: 1, parallel: None }), World::new(0xff, threads)];
+    let mut worlds = [World::new(0xa5, Threads { threads: 1, parallel: None }), World::new(!0xa5, threads)];
     for op in ops {
         for world in &mut worlds {
             if let Err(text) = world.apply(op) {
