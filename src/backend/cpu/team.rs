@@ -225,9 +225,7 @@ impl Pool {
         }
         // The lifetime ends before the job does: below, every worker has left.
         let pointer = JobPointer(std::ptr::from_ref(job).cast());
-        lock(&shared.board).job = Some(pointer);
-        shared.generation.fetch_add(1, Ordering::Release);
-        shared.wake.notify_all();
+        shared.post(|board| board.job = Some(pointer));
         job.join();
         lock(&shared.board).job = None;
         for _ in 0..SPINS {
@@ -247,9 +245,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        lock(&self.shared.board).stop = true;
-        self.shared.generation.fetch_add(1, Ordering::Release);
-        self.shared.wake.notify_all();
+        self.shared.post(|board| board.stop = true);
         for thread in self.threads.drain(..) {
             // A worker catches every panic of a job, so that there is none to report.
             let _ = thread.join();
@@ -258,6 +254,16 @@ impl Drop for Pool {
 }
 
 impl Shared {
+    /// Changes the board and wakes the workers. The generation grows under the lock: a worker that has just seen the old
+    /// one, and is about to sleep, would miss it otherwise.
+    fn post(&self, change: impl FnOnce(&mut Board)) {
+        let mut board = lock(&self.board);
+        change(&mut board);
+        self.generation.fetch_add(1, Ordering::Release);
+        drop(board);
+        self.wake.notify_all();
+    }
+
     fn serve(&self) {
         // The thread's own slots are made by the first use, a panic's apart.
         let _ = quietly(|| ());
@@ -349,6 +355,19 @@ mod tests {
                 scope.spawn(|| (0..200).for_each(|_| each_task_once(&team, 20)));
             }
         });
+    }
+
+    /// A worker that misses the word to stop would sleep for ever, and so would whoever waits for its end.
+    #[test]
+    fn a_team_may_end_at_any_moment() {
+        for i in 0..2000u32 {
+            let team = Team::new(3, None, None);
+            team.prepare();
+            if i % 2 == 0 {
+                each_task_once(&team, 5);
+            }
+            (0..i % 97 * 10).for_each(|_| std::hint::spin_loop());
+        }
     }
 
     #[test]
