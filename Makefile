@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz tools clean
+.PHONY: demo test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz cargo tools clean
 
 LIBRARY := target/release/libadalora.so
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
@@ -14,7 +14,7 @@ PYTHON := $(VENV)/bin/python
 GOLDEN := python_shim/tests/golden $(wildcard ../shared/golden)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-demo: lib
+demo: tools lib
 	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
 	cmake --build target/cpp --target digits_trainer
 	target/cpp/digits/digits_trainer
@@ -33,12 +33,12 @@ lint: tools
 test-rust: tools
 	cargo test --locked
 
-test-cpp: lib
+test-cpp: tools lib
 	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
 	cmake --build target/cpp
 	ctest --test-dir target/cpp --output-on-failure
 
-test-cpp-sanitized: lib-sanitized
+test-cpp-sanitized: tools lib-sanitized
 	cmake -S cpp_tests -B target/cpp-sanitized -G Ninja -DADALORA_SANITIZE=ON -DADALORA_LIBRARY=$(abspath $(SANITIZED)) >/dev/null
 	cmake --build target/cpp-sanitized
 	ctest --test-dir target/cpp-sanitized --output-on-failure
@@ -47,7 +47,7 @@ test-python: tools
 	$(PYTHON) -m pip install --quiet ./python_shim[test]
 	cd python_shim && $(abspath $(PYTHON)) -m pytest -q
 
-test-replay: lib
+test-replay: tools lib
 	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float64 $(GOLDEN)
 	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float32 $(GOLDEN)
 
@@ -64,17 +64,21 @@ header: tools
 	WRITE_HEADER=1 cargo test --locked --test header
 	$(PYTHON) python_shim/generate_bindings.py
 
-lib: tools
+# Programs look for the library by its soname, which cargo gives no file.
+lib: cargo
 	cargo rustc --release --locked --crate-type cdylib
+	ln -sf libadalora.so target/release/libadalora.so.0
 
 # The standard library is not instrumented; our code on both sides of the boundary is.
-lib-sanitized: tools
+lib-sanitized: cargo
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo rustc --release --locked --crate-type cdylib --target $(TARGET)
 
-tools: target/.tools
+cargo:
+	@command -v cargo >/dev/null || { echo "Rust is missing: install cargo 1.89 or later"; exit 1; }
+
+tools: cargo target/.tools
 
 target/.tools: Makefile python_shim/pyproject.toml
-	@command -v cargo >/dev/null || { echo "Rust is missing: install cargo 1.89 or later"; exit 1; }
 	missing=; for pair in cmake:cmake ninja:ninja-build g++:g++ nm:binutils; do \
 	  command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
 	test -e /usr/include/gtest/gtest.h || missing="$$missing libgtest-dev"; \

@@ -141,7 +141,8 @@ typedef struct adalora_adapter_desc_t {
   int64_t rank;
   // PEFT's `lora_alpha`: 0 stands for `rank`. Not negative.
   double alpha;
-  // Probability with which an element of the adapter's input is dropped, in [0, 1).
+  // Probability with which an element of the adapter's input is dropped, in [0, 1). There is no evaluation mode:
+  // evaluate with a second adapter of the same geometry and dropout 0, since adapters hold no parameters.
   double dropout;
   // Element type of A, E and B as the forward pass reads them.
   adalora_dtype_t param_dtype;
@@ -205,9 +206,10 @@ typedef struct adalora_triplets_t {
 // where its word is below `dropout * 2^32` (rounded to the nearest integer), and otherwise multiplied by `1 / (1 -
 // dropout)`. No call advances seed or offset.
 typedef struct adalora_dropout_t {
-  // One value in the memory of the context's backend.
+  // One value in the memory of the context's backend. Adapters of one call with the same seed and offset drop the same
+  // elements: give each its own, unless masks are to be shared.
   const uint64_t *seed;
-  // One value in the memory of the context's backend.
+  // One value in the memory of the context's backend; usually the step.
   const uint64_t *offset;
   // Logical number of row 0 of x, where a process sees a part of the tokens. `token0` + tokens is at most 2^32.
   int64_t token0;
@@ -340,7 +342,8 @@ typedef struct adalora_hyper_t {
 typedef struct adalora_step_t {
   // `sizeof(adalora_step_t)`.
   size_t struct_size;
-  // The trainer's step number, one value; required.
+  // The trainer's step number, one value; required. It counts from 0 or 1, as the trainer likes, and is compared with
+  // tinit and total_step - tfinal as it stands.
   const int64_t *step;
   // Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
   const double *grad_factor;
@@ -364,7 +367,8 @@ typedef struct adalora_report_t {
   int64_t irregular;
   // How often the pattern was chosen anew.
   int64_t selections;
-  // Budget at the last step, in the allocator's unit; the initial one before the first.
+  // Budget that the schedule sets for the last step, in the allocator's unit; the initial one before the first. What is
+  // kept is in `live_triplets` and `live_parameters`.
   int64_t budget;
   // Triplets kept, over all adapters.
   int64_t live_triplets;
@@ -650,6 +654,8 @@ adalora_status_t adalora_allocator_orthogonality(struct adalora_allocator_t *all
 // that the trainer shares with its other parameters, and reports what is not finite. Summed in float64, in an order
 // that does not depend on threads.
 //
+// Set the sum and the flag to 0 at the beginning of each step.
+//
 // @param has_grad [n_adapters], 0: that adapter's gradients are not read; NULL: all are.
 // @param sum_of_squares One value, added to.
 // @param found_inf One value, set to 1 where a gradient is not finite, else left alone; NULL: not wanted.
@@ -756,7 +762,8 @@ adalora_status_t adalora_allocator_save_state_sync(const struct adalora_allocato
                                                    size_t *size,
                                                    void *stream);
 
-// Reads what `adalora_allocator_save_state_sync` wrote into the bound state. Waits for the stream.
+// Reads what `adalora_allocator_save_state_sync` wrote into the bound state: bind first, with parameters, moments and
+// averages restored. Waits for the stream.
 //
 // @param bytes Host memory; not trusted: length, version, checksum and every value are checked.
 // @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state of adapters

@@ -123,7 +123,8 @@ using Hyper = Sized<adalora_hyper_t>;
 using Step = Sized<adalora_step_t>;
 using Report = Sized<adalora_report_t>;
 
-/// The descriptors that a call takes: one of them, or a container of them. It does not own them.
+/// The descriptors that a call takes: one of them, or a container of them (std::vector, std::array; not a braced list,
+/// which would end before the call). It does not own them.
 template <class T>
 class Span {
  public:

@@ -190,6 +190,8 @@ pub unsafe extern "C" fn adalora_allocator_orthogonality(
 /// that the trainer shares with its other parameters, and reports what is not finite. Summed in float64, in an order
 /// that does not depend on threads.
 ///
+/// Set the sum and the flag to 0 at the beginning of each step.
+///
 /// @param has_grad [n_adapters], 0: that adapter's gradients are not read; NULL: all are.
 /// @param sum_of_squares One value, added to.
 /// @param found_inf One value, set to 1 where a gradient is not finite, else left alone; NULL: not wanted.
@@ -413,7 +415,8 @@ pub unsafe extern "C" fn adalora_allocator_save_state_sync(
     })
 }
 
-/// Reads what `adalora_allocator_save_state_sync` wrote into the bound state. Waits for the stream.
+/// Reads what `adalora_allocator_save_state_sync` wrote into the bound state: bind first, with parameters, moments and
+/// averages restored. Waits for the stream.
 ///
 /// @param bytes Host memory; not trusted: length, version, checksum and every value are checked.
 /// @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state of adapters

@@ -117,9 +117,10 @@ pub struct Triplets {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Dropout {
-    /// One value in the memory of the context's backend.
+    /// One value in the memory of the context's backend. Adapters of one call with the same seed and offset drop the same
+    /// elements: give each its own, unless masks are to be shared.
     pub seed: *const u64,
-    /// One value in the memory of the context's backend.
+    /// One value in the memory of the context's backend; usually the step.
     pub offset: *const u64,
     /// Logical number of row 0 of x, where a process sees a part of the tokens. `token0` + tokens is at most 2^32.
     pub token0: i64,
@@ -165,7 +166,8 @@ pub struct AdapterDesc {
     pub rank: i64,
     /// PEFT's `lora_alpha`: 0 stands for `rank`. Not negative.
     pub alpha: f64,
-    /// Probability with which an element of the adapter's input is dropped, in [0, 1).
+    /// Probability with which an element of the adapter's input is dropped, in [0, 1). There is no evaluation mode:
+    /// evaluate with a second adapter of the same geometry and dropout 0, since adapters hold no parameters.
     pub dropout: f64,
     /// Element type of A, E and B as the forward pass reads them.
     pub param_dtype: DtypeCode,
@@ -324,7 +326,8 @@ pub struct Hyper {
 pub struct Step {
     /// `sizeof(adalora_step_t)`.
     pub struct_size: usize,
-    /// The trainer's step number, one value; required.
+    /// The trainer's step number, one value; required. It counts from 0 or 1, as the trainer likes, and is compared with
+    /// tinit and total_step - tfinal as it stands.
     pub step: *const i64,
     /// Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
     pub grad_factor: *const f64,
@@ -350,7 +353,8 @@ pub struct Report {
     pub irregular: i64,
     /// How often the pattern was chosen anew.
     pub selections: i64,
-    /// Budget at the last step, in the allocator's unit; the initial one before the first.
+    /// Budget that the schedule sets for the last step, in the allocator's unit; the initial one before the first. What is
+    /// kept is in `live_triplets` and `live_parameters`.
     pub budget: i64,
     /// Triplets kept, over all adapters.
     pub live_triplets: i64,

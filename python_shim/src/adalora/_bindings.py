@@ -153,7 +153,8 @@ class adalora_adapter_desc_t(Structure):
         ("rank", c_int64),
         # PEFT's `lora_alpha`: 0 stands for `rank`. Not negative.
         ("alpha", c_double),
-        # Probability with which an element of the adapter's input is dropped, in [0, 1).
+        # Probability with which an element of the adapter's input is dropped, in [0, 1). There is no evaluation mode:
+        # evaluate with a second adapter of the same geometry and dropout 0, since adapters hold no parameters.
         ("dropout", c_double),
         # Element type of A, E and B as the forward pass reads them.
         ("param_dtype", adalora_dtype_t),
@@ -231,9 +232,10 @@ class adalora_dropout_t(Structure):
     """
 
     _fields_ = [
-        # One value in the memory of the context's backend.
+        # One value in the memory of the context's backend. Adapters of one call with the same seed and offset drop the
+        # same elements: give each its own, unless masks are to be shared.
         ("seed", c_void_p),
-        # One value in the memory of the context's backend.
+        # One value in the memory of the context's backend; usually the step.
         ("offset", c_void_p),
         # Logical number of row 0 of x, where a process sees a part of the tokens. `token0` + tokens is at most 2^32.
         ("token0", c_int64),
@@ -383,7 +385,8 @@ class adalora_step_t(Structure):
     _fields_ = [
         # `sizeof(adalora_step_t)`.
         ("struct_size", c_size_t),
-        # The trainer's step number, one value; required.
+        # The trainer's step number, one value; required. It counts from 0 or 1, as the trainer likes, and is compared
+        # with tinit and total_step - tfinal as it stands.
         ("step", c_void_p),
         # Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
         ("grad_factor", c_void_p),
@@ -410,7 +413,8 @@ class adalora_report_t(Structure):
         ("irregular", c_int64),
         # How often the pattern was chosen anew.
         ("selections", c_int64),
-        # Budget at the last step, in the allocator's unit; the initial one before the first.
+        # Budget that the schedule sets for the last step, in the allocator's unit; the initial one before the first.
+        # What is kept is in `live_triplets` and `live_parameters`.
         ("budget", c_int64),
         # Triplets kept, over all adapters.
         ("live_triplets", c_int64),
@@ -810,6 +814,8 @@ The pointers are in the memory of the context's backend.
 scale), to a sum that the trainer shares with its other parameters, and reports what is not finite.
 Summed in float64, in an order that does not depend on threads.
 
+Set the sum and the flag to 0 at the beginning of each step.
+
 @param has_grad [n_adapters], 0: that adapter's gradients are not read; NULL: all are.
 @param sum_of_squares One value, added to.
 @param found_inf One value, set to 1 where a gradient is not finite, else left alone; NULL: not
@@ -995,7 +1001,8 @@ continues bit for bit. Waits for the stream.
             ("size", c_size_t),
             ("stream", c_void_p),
         ),
-        doc="""Reads what `adalora_allocator_save_state_sync` wrote into the bound state. Waits for the stream.
+        doc="""Reads what `adalora_allocator_save_state_sync` wrote into the bound state: bind first, with
+parameters, moments and averages restored. Waits for the stream.
 
 @param bytes Host memory; not trusted: length, version, checksum and every value are checked.
 @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state
