@@ -589,8 +589,8 @@ adalora_status_t adalora_allocator_sizes(const struct adalora_allocator_t *alloc
 // the next bind or the allocator's end, and the descriptors themselves are copied. May allocate and synchronise. To be
 // repeated when a buffer moves.
 //
-// @param state `adalora_allocator_sizes` bytes, aligned to 64. Zeros are a fresh run; otherwise what an earlier bind
-// left there, which goes on (also in a copy at another address). Anything else is refused.
+// @param state `adalora_allocator_sizes` bytes, aligned to 64. Zeros are a fresh run; otherwise what an earlier bind of
+// the same adapters left there, which goes on (also in a copy at another address). What begins otherwise is refused.
 // @param workspace Likewise sized and aligned; any contents.
 // @param slices n descriptors, `stride` bytes apart. Their order does not matter. Ranges of one matrix must not
 // overlap.
