@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <filesystem>
 #include <memory>
 #include <thread>
@@ -253,7 +254,7 @@ bool succeeds_in_child(const std::function<bool()>& body) {
   const pid_t child = fork();
   if (child == 0) {
     alarm(60);  // a child that waits for threads that it does not have never returns
-    _exit(body() ? 0 : 1);
+    [&]() noexcept { _exit(body() ? 0 : 1); }();
   }
   int status = -1;
   waitpid(child, &status, 0);
@@ -311,6 +312,21 @@ TEST(Fork, MayHappenWhileAnotherThreadComputes) {
   }
   stop = true;
   other.join();
+}
+
+// A signal that the host blocks on its threads to wait for it must not end up on a thread that the host does not know.
+TEST(Signals, AreLeftToTheHost) {
+  EXPECT_TRUE(succeeds_in_child([] {
+    const Context context = cpu_context(3);
+    require(adalora_context_prepare(context.get(), nullptr));
+    sigset_t awaited;
+    sigemptyset(&awaited);
+    sigaddset(&awaited, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &awaited, nullptr);
+    kill(getpid(), SIGUSR1);
+    const timespec patience{10, 0};
+    return sigtimedwait(&awaited, nullptr, &patience) == SIGUSR1;
+  }));
 }
 
 struct Ended {

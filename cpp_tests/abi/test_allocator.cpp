@@ -311,6 +311,8 @@ const std::vector<BadBinding> bad_bindings = {
     {{"no learning rate", invalid, {"hypers[0].lr", "NULL"}}, [](Binding& b) { b.hypers[0].lr = nullptr; }},
     {{"misaligned learning rate", invalid, {"hypers[0].lr"}},
      [](Binding& b) { b.hypers[0].lr = static_cast<double*>(moved(b.lr.data(), 4)); }},
+    {{"learning rate among the moments", invalid, {"hypers[0].lr", "overlaps", ".m"}},
+     [](Binding& b) { b.hypers[0].lr = static_cast<double*>(b.slices[0].m); }},
     {{"no decay", invalid, {"hypers[0].weight_decay", "NULL"}}, [](Binding& b) { b.hypers[0].weight_decay = nullptr; }},
     {{"beta1 1", invalid, {"hypers[0].beta1", "found 1"}}, [](Binding& b) { b.hypers[0].beta1 = 1; }},
     {{"negative beta1", invalid, {"hypers[0].beta1", "found -0.1"}}, [](Binding& b) { b.hypers[0].beta1 = -0.1; }},

@@ -196,6 +196,33 @@ TEST(Step, RefusesWhatMakesNoSense) {
   expect_all_refused(bad);
 }
 
+// What a call reads may not lie in what it writes.
+TEST(Step, LiesApartFromWhatIsBound) {
+  struct Inside {
+    Refusal refusal;
+    void (*place)(adalora_step_t&, void* moments);
+  };
+  const Inside cases[] = {
+      {{"number", invalid, {"step.step", "overlaps", ".m"}},
+       [](auto& s, void* m) { s.step = static_cast<int64_t*>(m); }},
+      {{"factor", invalid, {"step.grad_factor", "overlaps", ".m"}},
+       [](auto& s, void* m) { s.grad_factor = static_cast<double*>(m); }},
+      {{"flag", invalid, {"step.found_inf", "overlaps", ".m"}},
+       [](auto& s, void* m) { s.found_inf = static_cast<float*>(m); }},
+      {{"has_grad", invalid, {"step.has_grad", "overlaps", ".m"}},
+       [](auto& s, void* m) { s.has_grad = static_cast<uint8_t*>(m); }},
+  };
+  std::vector<BadCall> bad;
+  for (const Inside& c : cases)
+    for (auto call : {adalora_allocator_update, adalora_allocator_step})
+      bad.push_back({call == adalora_allocator_update ? "adalora_allocator_update" : "adalora_allocator_step",
+                     c.refusal, [=](Training& r) {
+                       c.place(r.step, r.model.part(0, 0).m.data());
+                       return call(r.allocator(), &r.step, 1, nullptr);
+                     }});
+  expect_all_refused(bad);
+}
+
 TEST(Step, ServesOlderAndNewerDescriptors) {
   Training full, older;
   adalora_step_t bare = full.step;

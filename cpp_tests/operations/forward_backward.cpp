@@ -145,6 +145,12 @@ std::vector<LayerCase> layers() {
   all.push_back(of({f32, f32}, {513, 768, 768, 17}));
   all.push_back(of({bf16, bf16}, {513, 100, 768, 64}));
 
+  // More tokens than backward takes at once, more triplets than features.
+  for (const Types& types : {Types{f64, f64}, Types{f32, f32}, Types{bf16, bf16}}) {
+    all.push_back(of(types, {2500, 13, 7, 3}));
+    all.push_back(of(types, {33, 65, 13, 300}));
+  }
+
   const Types types{f32, f32};
   for (bool accumulates : {false, true}) {
     LayerCase no_tokens = of(types, {0, 13, 7, 3});

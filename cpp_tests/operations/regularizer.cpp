@@ -13,7 +13,7 @@ namespace {
 const ModelCase& shapes(const std::string& name) {
   static const ModelCase several = [] {
     ModelCase c;
-    c.layers = {{33, 13, 5}, {7, 65, 1}, {100, 7, 17}, {13, 13, 0}, {1, 1, 1}, {64, 130, 12}};
+    c.layers = {{33, 13, 5}, {7, 65, 1}, {100, 7, 17}, {13, 13, 0}, {1, 1, 1}, {64, 130, 12}, {33, 65, 300}};
     c.target_rank = 1;
     return c;
   }();

@@ -216,9 +216,18 @@ void bound_again(Backend& backend, const ModelCase& c) {
   }
 }
 
-// What the second of two processes owns of each matrix, or the first: columns of A, values of E, rows of B.
-std::vector<Owned> half(const ModelCase& c, bool second, bool replicates_E) {
+// How two processes share a model: both halves of everything, E on both, or everything on both.
+enum class Split { halves, E_replicated, all_replicated };
+
+// What one of two processes owns of each matrix: columns of A, values of E, rows of B.
+std::vector<Owned> half(const Model& model, bool second, Split split) {
+  const ModelCase& c = model.model();
   std::vector<Owned> owned;
+  if (split == Split::all_replicated) {
+    owned = model.everything();
+    for (Owned& range : owned) range.replica = second;
+    return owned;
+  }
   const auto range = [&](int64_t count) {
     return second ? std::pair{count / 2, count} : std::pair{int64_t{0}, count / 2};
   };
@@ -227,7 +236,7 @@ std::vector<Owned> half(const ModelCase& c, bool second, bool replicates_E) {
     const auto [in, out, rank] = c.layers[i];
     const auto [first_column, last_column] = range(in);
     for (int64_t row = 0; row < rank; ++row) owned.push_back({k, 0, row * in + first_column, row * in + last_column});
-    if (replicates_E) {
+    if (split == Split::E_replicated) {
       owned.push_back({k, 1, 0, rank, second});
     } else {
       const auto [first, last] = range(rank);
@@ -288,11 +297,11 @@ void expect_owned(const Model& whole, const Model& share, const std::vector<Owne
     }
 }
 
-void sharded(Backend& backend, ModelCase c, bool replicates_E, double fraction) {
+void sharded(Backend& backend, ModelCase c, Split split, double fraction) {
   Model whole(backend, backend.context(), c);
   c.whole = false;
   Model first(backend, backend.context(), c), second(backend, backend.context(), c);
-  const std::vector<Owned> owned[] = {half(c, false, replicates_E), half(c, true, replicates_E)};
+  const std::vector<Owned> owned[] = {half(first, false, split), half(second, true, split)};
   first.bind(owned[0]);
   second.bind(owned[1]);
   for (const Event& event : eventful(c.schedule)) {
@@ -328,7 +337,7 @@ void sharded(Backend& backend, ModelCase c, bool replicates_E, double fraction) 
 void writes_what_it_owns(Backend& backend, ModelCase c) {
   c.whole = false;
   Model model(backend, backend.context(), c);
-  const std::vector<Owned> mine = half(c, false, false), others = half(c, true, false);
+  const std::vector<Owned> mine = half(model, false, Split::halves), others = half(model, true, Split::halves);
   model.bind(mine);
   Model untouched(backend, backend.context(), c);
   for (const Event& event : steps_of(c.schedule)) {
@@ -386,10 +395,13 @@ std::vector<Case> run_cases() {
       rows.push_back({"bound again at every step", what, [c](Backend& b) { bound_again(b, c); }});
       rows.push_back({"sharded writes what it owns", what, [c](Backend& b) { writes_what_it_owns(b, c); }});
       const double fraction = 256 * roundoff(param);
-      for (bool replicates_E : {false, true})
+      const std::pair<Split, std::string> splits[] = {{Split::halves, " in halves"},
+                                                      {Split::E_replicated, " E replicated"},
+                                                      {Split::all_replicated, " all replicated"}};
+      for (const auto& [split, name] : splits)
         if (param == f64 || param == f32)
-          rows.push_back({"sharded over two processes", what + (replicates_E ? " E replicated" : " E split"),
-                          [=](Backend& b) { sharded(b, c, replicates_E, fraction); }});
+          rows.push_back({"sharded over two processes", what + name,
+                          [=, split = split](Backend& b) { sharded(b, c, split, fraction); }});
     }
   return rows;
 }

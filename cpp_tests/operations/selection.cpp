@@ -98,7 +98,7 @@ void selects(Backend& backend, const ModelCase& c) {
   for (int64_t step = 0; step <= c.schedule.end(); ++step) {
     Model model(backend, backend.context(), c);
     std::vector<double> given(static_cast<size_t>(c.total_rank()));
-    for (double& score : given) score = std::floor(4 * (random.uniform() + 1));
+    for (double& score : given) score = std::floor(4 * (random.uniform() + 1)) * (random.uniform() < 0 ? -0.0 : 1.0);
     const auto [budget, masks] = oracle::budget(step, c.schedule, c.initial_budget(), c.target_budget());
     const std::vector<double> before = all_E(model);
     model.select(step, given);
