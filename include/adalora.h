@@ -15,7 +15,8 @@
 // later version is accepted where its unknown tail is zero. Arrays of descriptors are passed with their stride in bytes.
 //
 // Threads. Any handle may be used from any thread. A const pointer to an object promises that the call may run concurrently with others
-// on it; other calls on one object wait for each other. Results do not depend on the number of threads.
+// on it; other calls on one object wait for each other. Results do not depend on the number of threads. The child of a fork may go on
+// with its parent's objects, but for an allocator that another thread was in a call on when the fork happened. A call needs up to 200 KiB of stack.
 //
 // Shapes are row-major. The compute type of an adapter is float64 for float64 parameters, else float32; sums over tokens and features are
 // taken in it, scores and norms in float64. A stream is a cudaStream_t on CUDA, and not read on the CPU.
@@ -307,7 +308,8 @@ typedef struct adalora_slice_t {
   int32_t reserved;
   // Parameters.
   void *p;
-  // The half-precision copy that the forward pass reads, of `param_dtype`, written at every update; or NULL.
+  // The half-precision copy that the forward pass reads, of `param_dtype`, written whenever AdamW or a mask changes p;
+  // or NULL.
   void *p_low;
   // Gradients; orthogonality adds to them.
   void *g;
@@ -345,7 +347,8 @@ typedef struct adalora_step_t {
   // The trainer's step number, one value; required. It counts from 0 or 1, as the trainer likes, and is compared with
   // tinit and total_step - tfinal as it stands.
   const int64_t *step;
-  // Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
+  // Multiplies every gradient: unscaling times clipping, one value; NULL: 1. One that is not finite, in the state type
+  // too, suppresses the step as `found_inf` does.
   const double *grad_factor;
   // Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing
   // this step. NULL: the library looks itself, at the cost of one more reading of the gradients; a sharded allocator
@@ -382,11 +385,11 @@ typedef struct adalora_report_t {
 
 // Runs `body(data)` on `threads` threads at once, the calling one among them, and returns when all have returned: the
 // shape of `GOMP_parallel`, so that the library can compute on OpenMP's, PyTorch's or a trainer's own threads. `flags`
-// is 0. Fewer threads, down to the calling one alone, change the speed and not the results.
+// is 0. Fewer threads, down to the calling one alone, change the speed and not the results. It must not throw.
 typedef void (*adalora_parallel_fn)(void (*body)(void *data), void *data, uint32_t threads, uint32_t flags);
 
 // Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called
-// from any thread that is inside a call of the library, and must not call the library.
+// from any thread that is inside a call of the library, and must neither call the library nor throw.
 typedef void (*adalora_log_fn)(void *user, int32_t level, const char *text);
 
 // What a context is made of.

@@ -54,7 +54,7 @@ pub const ADALORA_LOG_INFO: i32 = 2;
 
 /// Runs `body(data)` on `threads` threads at once, the calling one among them, and returns when all have returned: the
 /// shape of `GOMP_parallel`, so that the library can compute on OpenMP's, PyTorch's or a trainer's own threads. `flags`
-/// is 0. Fewer threads, down to the calling one alone, change the speed and not the results.
+/// is 0. Fewer threads, down to the calling one alone, change the speed and not the results. It must not throw.
 pub type ParallelFn = Option<
     unsafe extern "C" fn(
         body: Option<unsafe extern "C" fn(data: *mut c_void)>,
@@ -65,7 +65,7 @@ pub type ParallelFn = Option<
 >;
 
 /// Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called
-/// from any thread that is inside a call of the library, and must not call the library.
+/// from any thread that is inside a call of the library, and must neither call the library nor throw.
 pub type LogFn = Option<unsafe extern "C" fn(user: *mut c_void, level: i32, text: *const c_char)>;
 
 /// A row-major matrix in the caller's memory: element (i, j) stands at `data + (i * row_stride + j) * sizeof(element)`.
@@ -287,7 +287,8 @@ pub struct Slice {
     pub reserved: i32,
     /// Parameters.
     pub p: *mut c_void,
-    /// The half-precision copy that the forward pass reads, of `param_dtype`, written at every update; or NULL.
+    /// The half-precision copy that the forward pass reads, of `param_dtype`, written whenever AdamW or a mask changes p;
+    /// or NULL.
     pub p_low: *mut c_void,
     /// Gradients; orthogonality adds to them.
     pub g: *mut c_void,
@@ -329,7 +330,8 @@ pub struct Step {
     /// The trainer's step number, one value; required. It counts from 0 or 1, as the trainer likes, and is compared with
     /// tinit and total_step - tfinal as it stands.
     pub step: *const i64,
-    /// Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
+    /// Multiplies every gradient: unscaling times clipping, one value; NULL: 1. One that is not finite, in the state type
+    /// too, suppresses the step as `found_inf` does.
     pub grad_factor: *const f64,
     /// Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing
     /// this step. NULL: the library looks itself, at the cost of one more reading of the gradients; a sharded allocator

@@ -343,7 +343,8 @@ class adalora_slice_t(Structure):
         ("reserved", c_int32),
         # Parameters.
         ("p", c_void_p),
-        # The half-precision copy that the forward pass reads, of `param_dtype`, written at every update; or NULL.
+        # The half-precision copy that the forward pass reads, of `param_dtype`, written whenever AdamW or a mask
+        # changes p; or NULL.
         ("p_low", c_void_p),
         # Gradients; orthogonality adds to them.
         ("g", c_void_p),
@@ -388,7 +389,8 @@ class adalora_step_t(Structure):
         # The trainer's step number, one value; required. It counts from 0 or 1, as the trainer likes, and is compared
         # with tinit and total_step - tfinal as it stands.
         ("step", c_void_p),
-        # Multiplies every gradient: unscaling times clipping, one value; NULL: 1.
+        # Multiplies every gradient: unscaling times clipping, one value; NULL: 1. One that is not finite, in the state
+        # type too, suppresses the step as `found_inf` does.
         ("grad_factor", c_void_p),
         # Above 0 where a gradient anywhere in the model is not finite, one value: then AdamW and importance do nothing
         # this step. NULL: the library looks itself, at the cost of one more reading of the gradients; a sharded
@@ -429,11 +431,11 @@ class adalora_report_t(Structure):
 
 # Runs `body(data)` on `threads` threads at once, the calling one among them, and returns when all have returned: the
 # shape of `GOMP_parallel`, so that the library can compute on OpenMP's, PyTorch's or a trainer's own threads. `flags`
-# is 0. Fewer threads, down to the calling one alone, change the speed and not the results.
+# is 0. Fewer threads, down to the calling one alone, change the speed and not the results. It must not throw.
 adalora_parallel_fn = CFUNCTYPE(None, CFUNCTYPE(None, c_void_p), c_void_p, c_uint32, c_uint32)
 
 # Receives the library's messages; it writes to no stream itself. `text` is valid during the call alone. May be called
-# from any thread that is inside a call of the library, and must not call the library.
+# from any thread that is inside a call of the library, and must neither call the library nor throw.
 adalora_log_fn = CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
 
 

@@ -562,7 +562,8 @@ impl BoundAllocator for CpuAllocator {
             Some(found) => found > 0.0 || found.is_nan(),
             None => !self.squares(step.has_grad, true)?.1,
         };
-        if suppressed || !factor.is_finite() {
+        let in_float32 = self.binding.slices.iter().any(|s| s.state_dtype == Dtype::Float32);
+        if suppressed || !factor.is_finite() || (in_float32 && !(factor as f32).is_finite()) {
             self.header_mut().skipped += 1;
             return Ok(());
         }
