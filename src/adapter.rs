@@ -254,9 +254,7 @@ impl Adapter {
     pub fn initialize(&self, params: &RawTriplets, seed: u64, stream: Stream) -> Result<()> {
         let g = &self.geometry;
         let params = g.triplets(params, "params", &[g.param_dtype, g.compute_dtype()])?;
-        let regions =
-            [("params.A", params.a.region()), ("params.E", params.e.region()), ("params.B", params.b.region())];
-        disjoint(&regions, &[])?;
+        disjoint(&regions(&params), &[])?;
         self.context.backend().initialize(g, &params, seed, stream)
     }
 
@@ -271,7 +269,7 @@ impl Adapter {
         stream: Stream,
     ) -> Result<()> {
         let combine = if accumulate { Combine::Add } else { Combine::Overwrite };
-        self.apply_delta(params, scaling, layout, combine, w, None, stream)
+        self.apply_delta(params, scaling, layout, combine, w, (None, None), stream)
     }
 
     /// Adds the delta weight to a base, after the base was copied to the backup.
@@ -286,19 +284,7 @@ impl Adapter {
         non_finite: Option<Address>,
         stream: Stream,
     ) -> Result<()> {
-        self.check_weight(layout, w)?;
-        let params_checked = self.geometry.triplets(params, "params", &[self.geometry.param_dtype])?;
-        let mut outputs: ArrayVec<_, 3> = ArrayVec::new();
-        outputs.push(("w", w.region()));
-        if let Some(backup) = backup {
-            backup.expect("backup", w.rows, w.columns, &[w.dtype])?;
-            outputs.push(("backup", backup.region()));
-        }
-        if let Some(flag) = non_finite {
-            outputs.push(("non_finite", Region::contiguous(flag, size_of::<f32>())));
-        }
-        disjoint(&outputs, &inputs(&params_checked))?;
-        self.apply_delta(params, scaling, layout, Combine::Add, w, Some((backup, non_finite)), stream)
+        self.apply_delta(params, scaling, layout, Combine::Add, w, (backup, non_finite), stream)
     }
 
     /// Subtracts the delta weight.
@@ -310,7 +296,7 @@ impl Adapter {
         w: &Matrix,
         stream: Stream,
     ) -> Result<()> {
-        self.apply_delta(params, scaling, layout, Combine::Subtract, w, None, stream)
+        self.apply_delta(params, scaling, layout, Combine::Subtract, w, (None, None), stream)
     }
 
     /// Copies a backup over the base.
@@ -335,15 +321,23 @@ impl Adapter {
         layout: Layout,
         combine: Combine,
         w: &Matrix,
-        merge: Option<(Option<&Matrix>, Option<Address>)>,
+        (backup, non_finite): (Option<&Matrix>, Option<Address>),
         stream: Stream,
     ) -> Result<()> {
         let g = &self.geometry;
-        let params = g.triplets(params, "params", &[g.param_dtype])?;
         self.check_weight(layout, w)?;
-        disjoint(&[("w", w.region())], &inputs(&params))?;
+        let params = g.triplets(params, "params", &[g.param_dtype])?;
+        let mut outputs: ArrayVec<_, 3> = ArrayVec::new();
+        outputs.push(("w", w.region()));
+        if let Some(backup) = backup {
+            backup.expect("backup", w.rows, w.columns, &[w.dtype])?;
+            outputs.push(("backup", backup.region()));
+        }
+        if let Some(flag) = non_finite {
+            outputs.push(("non_finite", Region::contiguous(flag, size_of::<f32>())));
+        }
+        disjoint(&outputs, &regions(&params))?;
         let scaling = g.scaling_or_own(scaling)?;
-        let (backup, non_finite) = merge.unwrap_or_default();
         let backend = self.context.backend();
         if let Some(backup) = backup {
             backend.copy(w, backup, stream)?;
@@ -352,7 +346,7 @@ impl Adapter {
     }
 }
 
-fn inputs(params: &Triplets) -> [(&'static str, Region); 3] {
+fn regions(params: &Triplets) -> [(&'static str, Region); 3] {
     [("params.A", params.a.region()), ("params.E", params.e.region()), ("params.B", params.b.region())]
 }
 
@@ -557,7 +551,7 @@ fn operands(call: &Call, tokens: usize, stages: Stages, direction: Direction) ->
     let forward = direction == Direction::Forward;
     let mut list = ArrayVec::new();
     let mut push = |name, region, written| list.push(Operand { name, region, written });
-    for (name, region) in inputs(&call.params) {
+    for (name, region) in regions(&call.params) {
         push(name, region, false);
     }
     if let Some(grads) = &call.grads {

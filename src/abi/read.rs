@@ -159,7 +159,7 @@ pub(super) fn flag(value: i32, name: &str) -> Result<bool> {
     }
 }
 
-fn reserved(value: i32, name: &str) -> Result<()> {
+fn reserved(value: i32, name: impl std::fmt::Display) -> Result<()> {
     if value == 0 { Ok(()) } else { Err(Error::argument(name, value, "0")) }
 }
 
@@ -173,7 +173,7 @@ pub(super) fn stages(code: i32) -> Result<Stages> {
     }
 }
 
-fn dtype(code: i32, name: &str) -> Result<Dtype> {
+fn dtype(code: i32, name: impl std::fmt::Display) -> Result<Dtype> {
     match code {
         ADALORA_FLOAT32 => Ok(Dtype::Float32),
         ADALORA_FLOAT64 => Ok(Dtype::Float64),
@@ -248,21 +248,18 @@ pub(super) unsafe fn write_all<T: Copy>(to: Option<Address>, values: &[T]) {
 }
 
 fn checked_matrix(m: &Matrix, name: &str) -> Result<tensor::Matrix> {
-    let field = |suffix: &str| format!("{name}.{suffix}");
-    let rows = usize::try_from(m.rows).map_err(|_| Error::argument(field("rows"), m.rows, "0 or more"))?;
-    let columns = usize::try_from(m.columns).map_err(|_| Error::argument(field("columns"), m.columns, "0 or more"))?;
+    let rows = count(m.rows, format_args!("{name}.rows"))?;
+    let columns = count(m.columns, format_args!("{name}.columns"))?;
     if m.row_stride != 0 && m.row_stride < m.columns {
         return Err(Error::argument(
-            field("row_stride"),
+            format_args!("{name}.row_stride"),
             m.row_stride,
             format_args!("0, or at least the {columns} columns"),
         ));
     }
     let row_stride = if m.row_stride == 0 { columns } else { m.row_stride as usize };
-    let dtype = if (1..=4).contains(&m.dtype) { dtype(m.dtype, name)? } else { dtype(m.dtype, &field("dtype"))? };
-    if m.reserved != 0 {
-        return Err(Error::argument(field("reserved"), m.reserved, "0"));
-    }
+    let dtype = dtype(m.dtype, format_args!("{name}.dtype"))?;
+    reserved(m.reserved, format_args!("{name}.reserved"))?;
     let bytes = rows.checked_mul(row_stride).and_then(|n| n.checked_mul(dtype.size()));
     let data = address(m.data);
     let fits = bytes.is_some_and(|b| isize::try_from(b).is_ok() && data.0.checked_add(b).is_some());

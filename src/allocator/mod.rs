@@ -375,13 +375,7 @@ impl Allocator {
         let gram = gram.map(|g| g.check("gram", align_of::<f64>())).transpose()?;
         let mut bound = self.writing()?;
         bound.binding().panels()?;
-        if gram.is_none() && self.model.sharded {
-            return Err(Error::argument(
-                "gram",
-                "NULL",
-                "the sum over all processes: the allocator is sharded, and its own share does not suffice",
-            ));
-        }
+        self.needs_all("gram", gram, "the sum over all processes")?;
         if let Some(value) = value {
             let value = Region::contiguous(value, size_of::<f64>());
             let factor = factor.map(|f| ("factor", Region::contiguous(f, size_of::<f64>())));
@@ -428,13 +422,7 @@ impl Allocator {
 
     /// AdamW, if asked for, and importance.
     pub fn update(&self, step: &StepSource, with_adamw: bool, stream: Stream) -> Result<()> {
-        if step.found_inf.is_none() && self.model.sharded {
-            return Err(Error::argument(
-                "step.found_inf",
-                "NULL",
-                "what all processes found: the allocator is sharded, and its own share does not suffice",
-            ));
-        }
+        self.needs_all("step.found_inf", step.found_inf, "what all processes found")?;
         let mut bound = self.writing()?;
         step.check(bound.binding())?;
         if with_adamw {
@@ -453,13 +441,18 @@ impl Allocator {
         bound.scores(scores, stream)
     }
 
+    /// Refuses to do without what all processes know, where this one knows a part.
+    fn needs_all(&self, name: &str, given: Option<Address>, what: &str) -> Result<()> {
+        if given.is_some() || !self.model.sharded {
+            return Ok(());
+        }
+        let why = "the allocator is sharded, and its own share does not suffice";
+        Err(Error::argument(name, "NULL", format_args!("{what}: {why}")))
+    }
+
     fn given_scores(&self, bound: &dyn BoundAllocator, scores: Option<Address>) -> Result<Option<Address>> {
-        if scores.is_none() && self.model.sharded && self.model.triplets() > 0 {
-            return Err(Error::argument(
-                "scores",
-                "NULL",
-                "the sum over all processes: the allocator is sharded, and its own share does not suffice",
-            ));
+        if self.model.triplets() > 0 {
+            self.needs_all("scores", scores, "the sum over all processes")?;
         }
         if let Some(scores) = scores {
             scores.check("scores", align_of::<f64>())?;
