@@ -23,6 +23,7 @@ from .arrays import (
     as_values,
     compute_dtype,
     dtype_code,
+    one_value,
     view,
     zeros,
 )
@@ -199,7 +200,7 @@ class Adapter(NativeObject):
         w: Array,
         *,
         backup: Array | None = None,
-        non_finite: np.ndarray | None = None,
+        non_finite: Array | None = None,
         scaling: float = 0.0,
         fan_in_fan_out: bool = False,
         stream: int | None = None,
@@ -313,9 +314,9 @@ class Dropout:
 
     """
 
-    def __init__(self, seed: int | np.ndarray, offset: int | np.ndarray = 0, *, token0: int = 0) -> None:
-        self.seed = _one(seed, np.uint64)
-        self.offset = _one(offset, np.uint64)
+    def __init__(self, seed: int | Array, offset: int | Array = 0, *, token0: int = 0) -> None:
+        self.seed = one_value(seed, np.uint64)
+        self.offset = one_value(offset, np.uint64)
         self.token0 = token0
 
     def struct(self, name: str) -> c.adalora_dropout_t:
@@ -338,13 +339,13 @@ class Share(NamedTuple):
     """[tokens, out]: holds the base layer's output, and forward adds the adapter's."""
     dy: Array | None = None
     """[tokens, out]: the gradient for y, which backward reads."""
-    h: np.ndarray | None = None
+    h: Array | None = None
     """[tokens, rank] of the compute type: forward keeps `x A^T` here for backward; None: backward computes it again."""
-    g: np.ndarray | None = None
+    g: Array | None = None
     """[tokens, rank] of the compute type: what backward's first stage hands to its second; None: not kept."""
     scaling: float = 0.0
     """Multiplier of the adapter's output; 0: the adapter's own."""
-    pattern: np.ndarray | None = None
+    pattern: Array | None = None
     """[rank] of uint8 or bool: which triplets are kept, where that is final: the others then cost nothing."""
     dropout: Dropout | None = None
     """Where the dropout mask stands; needed where the adapter drops."""
@@ -366,7 +367,7 @@ class GroupCall:
     """
 
     def __init__(
-        self, shares: Sequence[Share], x: Array | None, *, dx: Array | None = None, workspace: np.ndarray | None = None
+        self, shares: Sequence[Share], x: Array | None, *, dx: Array | None = None, workspace: Array | None = None
     ) -> None:
         if not shares:
             raise InvalidArgumentError("shares: expected at least one, found none")
@@ -451,7 +452,3 @@ class GroupCall:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse copies: the descriptors hold addresses."""
         refuse_copy(self)
-
-
-def _one(value: Any, dtype: type) -> np.ndarray:
-    return value if isinstance(value, np.ndarray) else np.array([value], dtype)

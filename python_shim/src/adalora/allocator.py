@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .arrays import (
     FLOAT32,
     Array,
+    BFloat16,
     Triplets,
     aligned_bytes,
     as_aligned,
@@ -22,6 +23,7 @@ from .arrays import (
     as_flags,
     as_values,
     named,
+    one_value,
     size_of,
 )
 from .context import Context
@@ -46,13 +48,13 @@ class Slice(NamedTuple):
     """Parameters, or their float32 master where `p_low` is given."""
     g: Array
     """Gradients; orthogonality adds to them."""
-    exp_avg_ipt: np.ndarray
+    exp_avg_ipt: Array
     """Smoothed sensitivity."""
-    exp_avg_unc: np.ndarray
+    exp_avg_unc: Array
     """Smoothed uncertainty of the sensitivity."""
-    m: np.ndarray | None = None
+    m: Array | None = None
     """AdamW's first moment; None where AdamW is never asked for."""
-    v: np.ndarray | None = None
+    v: Array | None = None
     """AdamW's second moment, likewise."""
     p_low: Array | None = None
     """The half-precision copy that the forward pass reads, written at every update."""
@@ -81,14 +83,14 @@ class Hyper:
 
     def __init__(
         self,
-        lr: float | np.ndarray,
+        lr: float | Array,
         *,
-        weight_decay: float | np.ndarray = 0.01,
+        weight_decay: float | Array = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        self.lr = _one(lr, np.float64)
-        self.weight_decay = _one(weight_decay, np.float64)
+        self.lr = one_value(lr, np.float64)
+        self.weight_decay = one_value(weight_decay, np.float64)
         self.betas, self.eps = betas, eps
 
     def struct(self, name: str) -> c.adalora_hyper_t:
@@ -117,15 +119,15 @@ class StepValues:
 
     def __init__(
         self,
-        step: int | np.ndarray = 0,
+        step: int | Array = 0,
         *,
-        grad_factor: float | np.ndarray | None = None,
-        found_inf: float | np.ndarray | None = None,
-        has_grad: np.ndarray | None = None,
+        grad_factor: float | Array | None = None,
+        found_inf: float | Array | None = None,
+        has_grad: Array | None = None,
     ) -> None:
-        self.step = _one(step, np.int64)
-        self.grad_factor = None if grad_factor is None else _one(grad_factor, np.float64)
-        self.found_inf = None if found_inf is None else _one(found_inf, np.float32)
+        self.step = one_value(step, np.int64)
+        self.grad_factor = None if grad_factor is None else one_value(grad_factor, np.float64)
+        self.found_inf = None if found_inf is None else one_value(found_inf, np.float32)
         self.has_grad = has_grad
         self._struct = c.adalora_step_t(ctypes.sizeof(c.adalora_step_t))
         self._struct.step = as_values(self.step, "step", dtype=np.int64, size=1)
@@ -217,7 +219,7 @@ class Training:
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
         for _, array in named("grads", self.grads):
-            (array if isinstance(array, np.ndarray) else array.bits)[...] = 0
+            (array.bits if isinstance(array, BFloat16) else array)[...] = 0
 
     def named_arrays(self) -> Iterator[tuple[str, Array]]:
         """What a checkpoint needs beside `Allocator.save_state`, with names such as `exp_avg_ipt/0/A`."""
@@ -302,8 +304,8 @@ class Allocator(NativeObject):
         slices: Sequence[Slice],
         hypers: Sequence[Hyper] = (),
         *,
-        state: np.ndarray | None = None,
-        workspace: np.ndarray | None = None,
+        state: Array | None = None,
+        workspace: Array | None = None,
         stream: int | None = None,
     ) -> None:
         """Tell the allocator where everything lies. To be repeated when an array is replaced by another.
@@ -417,7 +419,7 @@ class Allocator(NativeObject):
         self.library.adalora_allocator_budget(handle.pointer, step, ctypes.byref(budget), ctypes.byref(masks))
         return Budget(budget.value, bool(masks.value))
 
-    def gram(self, gram: np.ndarray | None = None, *, stream: int | None = None) -> np.ndarray:
+    def gram(self, gram: Array | None = None, *, stream: int | None = None) -> Array:
         """Gram matrices `A A^T`, then `B^T B`, of each adapter, over the owned elements; sharded processes sum them.
 
         Args:
@@ -436,9 +438,9 @@ class Allocator(NativeObject):
         self,
         orth_reg_weight: float,
         *,
-        factor: float | np.ndarray | None = None,
-        gram: np.ndarray | None = None,
-        value: np.ndarray | None = None,
+        factor: float | Array | None = None,
+        gram: Array | None = None,
+        value: Array | None = None,
         stream: int | None = None,
     ) -> float | None:
         """Add the gradient of the orthogonal penalty to the bound gradients, once per optimiser step.
@@ -455,7 +457,7 @@ class Allocator(NativeObject):
 
         """
         handle = self.handle
-        factor = None if factor is None else _one(factor, np.float64)
+        factor = None if factor is None else one_value(factor, np.float64)
         result = np.zeros(1) if value is None else value
         self.library.adalora_allocator_orthogonality(
             handle.pointer,
@@ -469,10 +471,10 @@ class Allocator(NativeObject):
 
     def gradient_norm(
         self,
-        sum_of_squares: np.ndarray,
-        found_inf: np.ndarray | None = None,
+        sum_of_squares: Array,
+        found_inf: Array | None = None,
         *,
-        has_grad: np.ndarray | None = None,
+        has_grad: Array | None = None,
         stream: int | None = None,
     ) -> None:
         """Add the sum of squares of all bound gradients to a sum that the trainer shares with its other parameters.
@@ -510,7 +512,7 @@ class Allocator(NativeObject):
         handle, values = self.handle, _values(step)
         self.library.adalora_allocator_update(handle.pointer, values.check(self.n_adapters), with_adamw, stream)
 
-    def scores(self, scores: np.ndarray | None = None, *, stream: int | None = None) -> np.ndarray:
+    def scores(self, scores: Array | None = None, *, stream: int | None = None) -> Array:
         """Importance of every triplet, adapter by adapter, over the owned elements; sharded processes sum it.
 
         Args:
@@ -524,7 +526,7 @@ class Allocator(NativeObject):
         self.library.adalora_allocator_scores(handle.pointer, address, stream)
         return scores
 
-    def select(self, step: int | StepValues, scores: np.ndarray | None = None, *, stream: int | None = None) -> None:
+    def select(self, step: int | StepValues, scores: Array | None = None, *, stream: int | None = None) -> None:
         """Do what the schedule says for the step: mask where a mask falls on it.
 
         Args:
@@ -537,7 +539,7 @@ class Allocator(NativeObject):
         address = self._scores(scores)
         self.library.adalora_allocator_select(handle.pointer, values.check(self.n_adapters), address, stream)
 
-    def finalize(self, scores: np.ndarray | None = None, *, stream: int | None = None) -> None:
+    def finalize(self, scores: Array | None = None, *, stream: int | None = None) -> None:
         """Take the last mask now, as crossing `total_step - tfinal` would; nothing where the pattern is final."""
         handle = self.handle
         self.library.adalora_allocator_finalize(handle.pointer, self._scores(scores), stream)
@@ -547,7 +549,7 @@ class Allocator(NativeObject):
         handle = self.handle
         self.library.adalora_allocator_reset(handle.pointer, stream)
 
-    def _scores(self, scores: np.ndarray | None) -> int | None:
+    def _scores(self, scores: Array | None) -> int | None:
         return None if scores is None else as_values(scores, "scores", dtype=np.float64, size=self.total_rank)
 
     # Where a run stands, out and in
@@ -577,9 +579,7 @@ class Allocator(NativeObject):
         self.library.adalora_allocator_digest(handle.pointer, ctypes.byref(digest), stream)
         return digest.value
 
-    def set_pattern(
-        self, pattern: np.ndarray | Sequence[Any], *, final: bool = False, stream: int | None = None
-    ) -> None:
+    def set_pattern(self, pattern: Array | Sequence[Any], *, final: bool = False, stream: int | None = None) -> None:
         """Set which triplets are kept: from another process, or from a checkpoint. E of the others becomes 0.
 
         Args:
@@ -589,7 +589,7 @@ class Allocator(NativeObject):
 
         """
         handle = self.handle
-        if not isinstance(pattern, np.ndarray):
+        if isinstance(pattern, Sequence):
             if [len(flags) for flags in pattern] != self.ranks:
                 raise InvalidArgumentError(
                     f"pattern: expected {self.ranks} flags by adapter, found {[len(flags) for flags in pattern]}"
@@ -611,10 +611,6 @@ class Allocator(NativeObject):
         """Read what `save_state` wrote into the bound state; damaged bytes are refused."""
         handle = self.handle
         self.library.adalora_allocator_load_state_sync(handle.pointer, data, len(data), stream)
-
-
-def _one(value: Any, dtype: type) -> np.ndarray:
-    return value if isinstance(value, np.ndarray) else np.array([value], dtype)
 
 
 def _values(step: int | StepValues) -> StepValues:

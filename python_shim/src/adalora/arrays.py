@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import singledispatch
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +40,9 @@ class BFloat16:
 
     def __init__(self, bits: np.ndarray) -> None:
         if not isinstance(bits, np.ndarray) or bits.dtype != np.uint16:
-            raise InvalidArgumentError(f"bits: expected an array of uint16, found {_kind(bits)}")
+            raise InvalidArgumentError(
+                f"bits: expected an array of uint16, found {getattr(bits, 'dtype', type(bits).__name__)}"
+            )
         self.bits = bits
 
     @classmethod
@@ -63,7 +67,8 @@ class BFloat16:
         return f"BFloat16({self.to_float32()!r})"
 
 
-Array = np.ndarray | BFloat16
+Array = Any
+"""What `view` knows: NumPy's arrays, `BFloat16`, and with `adalora.torch` PyTorch's tensors."""
 
 
 class Triplets(NamedTuple):
@@ -91,17 +96,41 @@ class View(NamedTuple):
     # What to call the element type in a message.
     kind: str
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
+    @property
+    def gapless(self) -> bool:
+        """Whether the elements follow one another in row-major order."""
+        expected = self.itemsize
+        for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if extent != 1 and stride != expected:
+                return self.size == 0
+            expected *= extent
+        return True
+
+
+@singledispatch
 def view(array: Any, name: str) -> View:
-    """Look at an array-like: the one place that knows which kinds of arrays there are."""
-    bits = array.bits if isinstance(array, BFloat16) else array
-    if not isinstance(bits, np.ndarray):
-        raise InvalidArgumentError(
-            f"{name}: expected a numpy array, found {_kind(array)}, which would have to be copied; "
-            "the library works on the caller's own memory"
-        )
-    dtype = BFLOAT16 if isinstance(array, BFloat16) else _CODES.get(bits.dtype)
-    return View(bits.ctypes.data, bits.shape, bits.strides, bits.itemsize, dtype, bits.flags.writeable, _kind(array))
+    """Look at an array-like. Each kind of array that there is registers how."""
+    raise InvalidArgumentError(
+        f"{name}: expected a numpy array, found {type(array).__name__}, which would have to be copied; "
+        "the library works on the caller's own memory"
+    )
+
+
+@view.register(np.ndarray)
+def _(array: np.ndarray, name: str) -> View:
+    kind = array.dtype.name if array.dtype.isnative else f"{array.dtype.name} in foreign byte order"
+    address, code = array.ctypes.data, _CODES.get(array.dtype)
+    return View(address, array.shape, array.strides, array.itemsize, code, array.flags.writeable, kind)
+
+
+@view.register(BFloat16)
+def _(array: BFloat16, name: str) -> View:
+    return view(array.bits, name)._replace(dtype=BFLOAT16, kind="bfloat16")
 
 
 def as_matrix(
@@ -142,22 +171,27 @@ def as_buffer(
     """Address and element type of an array without gaps, of any shape with as many elements as `shape`."""
     v = view(array, name)
     _check_dtype(v, name, dtypes)
-    return _gapless(array, v, name, shape, writable), v.dtype  # type: ignore[return-value]
+    return _gapless(v, name, shape, writable), v.dtype  # type: ignore[return-value]
 
 
 def as_values(array: Any, name: str, *, dtype: type, size: int, writable: bool = False) -> int:
     """Address of an array of `size` plain numbers (counters, flags, sums) without gaps."""
     v = view(array, name)
-    expected = np.dtype(dtype)
-    if isinstance(array, BFloat16) or array.dtype != expected:
-        raise InvalidArgumentError(f"{name}: expected an array of {expected.name}, found {v.kind}")
-    return _gapless(array, v, name, (size,), writable)
+    expected = np.dtype(dtype).name
+    if v.kind != expected:
+        raise InvalidArgumentError(f"{name}: expected an array of {expected}, found {v.kind}")
+    return _gapless(v, name, (size,), writable)
 
 
 def as_flags(array: Any, name: str, *, size: int, writable: bool = False) -> int:
     """Address of an array of `size` yes-or-no bytes: uint8 or bool."""
-    is_bool = isinstance(array, np.ndarray) and array.dtype == np.bool_
+    is_bool = view(array, name).kind == "bool"
     return as_values(array, name, dtype=np.bool_ if is_bool else np.uint8, size=size, writable=writable)
+
+
+def one_value(value: Any, dtype: type) -> Any:
+    """A number as a new array of one element; an array as it is, to be used where it lies."""
+    return np.array([value], dtype) if isinstance(value, (int, float, np.number)) else value
 
 
 def aligned_bytes(size: int) -> np.ndarray:
@@ -170,12 +204,12 @@ def aligned_bytes(size: int) -> np.ndarray:
 def as_aligned(array: Any, name: str, size: int) -> int | None:
     """Address of an array of at least `size` bytes that begins at a multiple of 64; None for no bytes."""
     v = view(array, name)
-    if isinstance(array, BFloat16) or array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous:
+    if v.kind != "uint8" or len(v.shape) != 1 or not v.gapless:
         raise InvalidArgumentError(f"{name}: expected a vector of uint8 without gaps, found {v.kind}")
-    if len(array) < size:
-        raise InvalidArgumentError(f"{name}: expected at least {size} bytes, found {len(array)}")
+    if v.size < size:
+        raise InvalidArgumentError(f"{name}: expected at least {size} bytes, found {v.size}")
     _check_writable(v, name, True)
-    if len(array) == 0:
+    if v.size == 0:
         return None
     if v.address % ALIGNMENT:
         raise InvalidArgumentError(f"{name}: expected an address that {ALIGNMENT} divides, found {v.address:#x}")
@@ -209,7 +243,7 @@ def zeros(shape: tuple[int, ...], code: int) -> Array:
 
 def size_of(array: Array) -> int:
     """Number of elements."""
-    return int(np.prod(array.shape))
+    return math.prod(array.shape)
 
 
 def named(prefix: str, triplets: Sequence[Triplets]) -> Iterator[tuple[str, Array]]:
@@ -219,12 +253,10 @@ def named(prefix: str, triplets: Sequence[Triplets]) -> Iterator[tuple[str, Arra
             yield f"{prefix}/{k}/{matrix}", array
 
 
-def _gapless(array: Any, v: View, name: str, shape: tuple[int, ...], writable: bool) -> int:
-    bits = array.bits if isinstance(array, BFloat16) else array
-    expected = int(np.prod(shape))
-    if bits.size != expected:
+def _gapless(v: View, name: str, shape: tuple[int, ...], writable: bool) -> int:
+    if v.size != math.prod(shape):
         raise InvalidArgumentError(f"{name}: expected shape {_words(shape)}, found {_words(v.shape)}")
-    if not bits.flags.c_contiguous:
+    if not v.gapless:
         raise InvalidArgumentError(
             f"{name}: expected a row-major array without gaps, found strides {v.strides} in bytes"
         )
@@ -248,14 +280,6 @@ def _check_writable(v: View, name: str, writable: bool) -> None:
 def _check_alignment(v: View, name: str) -> None:
     if v.address % v.itemsize:
         raise InvalidArgumentError(f"{name}: expected an address that {v.itemsize} divides, found {v.address:#x}")
-
-
-def _kind(thing: Any) -> str:
-    if isinstance(thing, BFloat16):
-        return "bfloat16"
-    if isinstance(thing, np.ndarray):
-        return thing.dtype.name if thing.dtype.isnative else f"{thing.dtype.name} in foreign byte order"
-    return type(thing).__name__
 
 
 def _words(shape: tuple[int, ...]) -> str:

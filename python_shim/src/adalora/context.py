@@ -12,7 +12,7 @@ import numpy as np
 from . import _bindings as c
 from ._handle import Handle, NativeObject
 from ._library import Library, load
-from .arrays import as_values
+from .arrays import Array, as_values
 from .errors import InvalidArgumentError
 
 _BACKENDS = {"cpu": c.ADALORA_BACKEND_CPU, "cuda": c.ADALORA_BACKEND_CUDA}
@@ -84,10 +84,10 @@ class Context(NativeObject):
 
     def gradient_factor(
         self,
-        sum_of_squares: np.ndarray,
-        grad_factor: np.ndarray,
+        sum_of_squares: Array,
+        grad_factor: Array,
         *,
-        loss_scale: np.ndarray | None = None,
+        loss_scale: Array | None = None,
         max_norm: float = float("inf"),
         stream: int | None = None,
     ) -> None:

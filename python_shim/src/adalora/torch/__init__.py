@@ -1,0 +1,48 @@
+"""AdaLoRA for PyTorch: adapters on any model, the rank allocator beside any optimiser or in one pass with AdamW.
+
+>>> config = AdaLoraConfig(init_r=12, target_r=4, tinit=100, tfinal=300, total_step=1000, target_modules="all-linear")
+>>> adapt(model, config)
+>>> allocator = RankAllocator(model)
+>>> optimizer = AdamW((p for p in model.parameters() if p.requires_grad), allocator, lr=1e-3)
+>>> for batch in batches:
+...     model(**batch).loss.backward()
+...     allocator.orthogonality()
+...     optimizer.step()
+...     optimizer.zero_grad()
+"""
+
+from .config import AdaLoraConfig
+from .functional import Part, svd_linear
+from .layers import SharedInput, SVDLinear
+from .model import (
+    adapt,
+    delete_adapter,
+    disable_adapters,
+    get_config,
+    merge,
+    merge_and_unload,
+    named_adapters,
+    set_adapter,
+    share_input,
+    unload,
+    unmerge,
+)
+
+__all__ = [
+    "AdaLoraConfig",
+    "Part",
+    "SVDLinear",
+    "SharedInput",
+    "adapt",
+    "delete_adapter",
+    "disable_adapters",
+    "get_config",
+    "merge",
+    "merge_and_unload",
+    "named_adapters",
+    "set_adapter",
+    "share_input",
+    "svd_linear",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,336 @@
+"""A linear layer with its SVD adapters, and layers that share an input."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..arrays import Triplets
+from ..errors import InvalidArgumentError
+from .functional import Part, context, native_adapter, svd_linear
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D`: a linear layer whose weight is [in, out]."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
+class SVDLinear(nn.Module):
+    """A frozen linear layer and its adapters: `base_layer(x) + scaling * dropout(x) A^T diag(E) B^T` (PEFT's class).
+
+    Parameters are named as PEFT names them: `base_layer.weight`, `lora_A.<adapter>` [r, in], `lora_E.<adapter>` [r, 1]
+    and `lora_B.<adapter>` [out, r]. The module copies, pickles, moves and loads like any other.
+
+    Args:
+        base_layer: a `torch.nn.Linear` or transformers' `Conv1D`.
+
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        if not self.fan_in_fan_out and not isinstance(base_layer, nn.Linear):
+            raise InvalidArgumentError(
+                f"base_layer: expected torch.nn.Linear or transformers' Conv1D, found {type(base_layer).__name__}"
+            )
+        self.base_layer = base_layer
+        shape = base_layer.weight.shape
+        self.out_features, self.in_features = reversed(shape) if self.fan_in_fan_out else shape
+        self.lora_A, self.lora_E, self.lora_B = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.ranknum: dict[str, int] = {}
+        """Rank of each adapter at its creation."""
+        self.lora_alpha: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.active_adapters: list[str] = []
+        """Which adapters the forward pass adds, in this order."""
+        self.merged_adapters: list[str] = []
+        """Which adapters the base weight contains."""
+        self.disable_adapters = False
+        self.shared_input: SharedInput | None = None
+        # The base weight as it was before merging.
+        self.register_buffer("_unmerged_weight", None, persistent=False)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Add an adapter's parameters: A and B normal with deviation 0.02, E zero, as in PEFT.
+
+        Args:
+            adapter_name: name in the parameter dictionaries.
+            r: rank, 0 or more.
+            lora_alpha: numerator of the scaling; 0 stands for `r`.
+            lora_dropout: probability with which an element of the adapter's input is dropped.
+            init_lora_weights: False: all three are standard normal, so that the adapter changes the output at once.
+            dtype: element type; None: the base weight's.
+            device: None: the base weight's.
+
+        """
+        weight = self.base_layer.weight
+        empty = lambda *shape: torch.empty(  # noqa: E731
+            shape, dtype=weight.dtype if dtype is None else dtype, device=weight.device if device is None else device
+        )
+        A, E, B = empty(r, self.in_features), empty(r, 1), empty(self.out_features, r)
+        deviation = 0.02 if init_lora_weights else 1.0
+        for values in (A, B):
+            nn.init.normal_(values, 0.0, deviation)
+        nn.init.zeros_(E) if init_lora_weights else nn.init.normal_(E)
+        self.lora_A[adapter_name], self.lora_E[adapter_name] = nn.Parameter(A), nn.Parameter(E)
+        self.lora_B[adapter_name] = nn.Parameter(B)
+        self.ranknum[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.lora_dropout[adapter_name] = lora_dropout
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        if adapter_name in self.merged_adapters:
+            raise InvalidArgumentError(f"adapter_name: expected an adapter that is not merged, found {adapter_name!r}")
+        for kept in (self.lora_A, self.lora_E, self.lora_B, self.ranknum, self.lora_alpha, self.lora_dropout):
+            del kept[adapter_name]
+        if adapter_name in self.active_adapters:
+            self.active_adapters.remove(adapter_name)
+
+    def triplets(self, adapter_name: str) -> Triplets:
+        """An adapter's A, E and B."""
+        return Triplets(self.lora_A[adapter_name], self.lora_E[adapter_name], self.lora_B[adapter_name])
+
+    def scaling(self, adapter_name: str) -> float:
+        """Multiplier of an adapter's output, `(lora_alpha or ranknum) / (ranknum + 1e-5)`."""
+        r, alpha = self.ranknum[adapter_name], self.lora_alpha[adapter_name]
+        return (alpha if alpha > 0 else r) / (r + 1e-5)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, and what the active adapters add to it."""
+        if self.disable_adapters or self.merged_adapters or not self.active_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if self.shared_input is not None and not args and not kwargs:
+            return self.shared_input.output(self, x)
+        return self._adapted([self], x, [self.base_layer(x, *args, **kwargs)])[0]
+
+    @staticmethod
+    def _adapted(layers: Sequence[SVDLinear], x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        """What layers with the same active adapters make of the same x."""
+        for adapter_name in layers[0].active_adapters:
+            parts = [
+                Part(
+                    y,
+                    layer.lora_A[adapter_name],
+                    layer.lora_E[adapter_name],
+                    layer.lora_B[adapter_name],
+                    layer.scaling(adapter_name),
+                    layer.lora_dropout[adapter_name] if layer.training else 0.0,
+                    layer._may_overwrite(x, y),
+                )
+                for layer, y in zip(layers, outputs, strict=True)
+            ]
+            outputs = svd_linear(x, parts)
+        return outputs
+
+    def _may_overwrite(self, x: Tensor, y: Tensor) -> bool:
+        """Whether nobody but us can hold y: the base layer's class is known, and no hook saw it."""
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and not base._forward_hooks
+            and not nn.modules.module._global_forward_hooks
+            and y.is_contiguous()
+            and not y._is_view()
+            and not (y.is_leaf and y.requires_grad)
+            and (y.numel() == 0 or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr())
+        )
+
+    # Merging
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """`scaling * B diag(E) A` in the layout of the base weight and the type of the parameters (PEFT's method)."""
+        A = self.lora_A[adapter_name]
+        delta = torch.empty(self.base_layer.weight.shape, dtype=A.dtype, device=A.device)
+        self._native(adapter_name).delta_weight(
+            self._contiguous(adapter_name),
+            delta,
+            scaling=self.scaling(adapter_name),
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
+        return delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, backup: bool = True) -> None:
+        """Add adapters to the base weight, so that the forward pass costs what the base layer costs.
+
+        Args:
+            safe_merge: look whether the result is finite, and change nothing where it is not.
+            adapter_names: which; None: the active ones.
+            backup: keep the base weight as it was, so that `unmerge` restores it exactly; otherwise `unmerge`
+                subtracts.
+
+        Raises:
+            InvalidArgumentError: with `safe_merge`, a merged element is not finite.
+
+        """
+        merged = self.merged_weight(adapter_names, safe_merge)
+        weight = self.base_layer.weight
+        if backup and not self.merged_adapters:
+            self._unmerged_weight = weight.detach().clone()
+        weight.copy_(merged)
+        self.merged_adapters += self._to_merge(adapter_names)
+
+    def merged_weight(self, adapter_names: Sequence[str] | None = None, finite: bool = False) -> Tensor:
+        """What the base weight becomes by merging, as a new tensor.
+
+        Args:
+            adapter_names: which adapters; None: the active ones. Those that are merged already are not added again.
+            finite: whether a result that is not finite is an error.
+
+        """
+        weight = self.base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
+        non_finite = torch.zeros(1, device=weight.device) if finite else None
+        names = self._to_merge(adapter_names)
+        for name in names:
+            self._native(name).merge(
+                self._contiguous(name),
+                weight,
+                non_finite=non_finite,
+                scaling=self.scaling(name),
+                fan_in_fan_out=self.fan_in_fan_out,
+            )
+        if non_finite is not None and non_finite.item():
+            raise InvalidArgumentError(f"merge: expected a finite weight, found others after adding {', '.join(names)}")
+        return weight
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if name in self.lora_A and name not in self.merged_adapters]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again: exactly, where `merge` kept it."""
+        if not self.merged_adapters:
+            return
+        weight = self.base_layer.weight
+        if self._unmerged_weight is not None:
+            weight.copy_(self._unmerged_weight)
+            self._unmerged_weight = None
+        else:
+            unmerged = weight.detach().clone(memory_format=torch.contiguous_format)
+            for name in reversed(self.merged_adapters):
+                self._native(name).unmerge(
+                    self._contiguous(name),
+                    unmerged,
+                    scaling=self.scaling(name),
+                    fan_in_fan_out=self.fan_in_fan_out,
+                )
+            weight.copy_(unmerged)
+        self.merged_adapters = []
+
+    def _native(self, adapter_name: str) -> Any:
+        A = self.lora_A[adapter_name]
+        return native_adapter(
+            context(A.device), self.in_features, self.out_features, self.ranknum[adapter_name], A.dtype, A.dtype
+        )
+
+    def _contiguous(self, adapter_name: str) -> Triplets:
+        return Triplets(*(p.detach().contiguous() for p in self.triplets(adapter_name)))
+
+    def extra_repr(self) -> str:
+        """Each adapter with its rank, scaling and dropout."""
+        return ", ".join(
+            f"{name}(r={r}, scaling={self.scaling(name):.4g}, lora_dropout={self.lora_dropout[name]})"
+            for name, r in self.ranknum.items()
+        )
+
+
+class _Waiting(NamedTuple):
+    x: weakref.ref[Tensor]
+    state: tuple[Any, ...]
+    outputs: dict[SVDLinear, Tensor]
+
+
+class SharedInput:
+    """Layers that are given the same x one after the other, such as query, key and value: x is read once for all.
+
+    The first layer that sees an x computes the outputs of all, and the others find theirs here. Where one of them is
+    not called, or is given something else after all (as in attention from one sequence to another), the layers go
+    separate ways from then on. The results are the same to rounding.
+
+    Args:
+        layers: siblings, in the order of their calls.
+
+    """
+
+    def __init__(self, layers: Sequence[SVDLinear]) -> None:
+        self.layers = list(layers)
+        # By thread: outputs that wait for their layers.
+        self._waiting: dict[int, _Waiting] = {}
+
+    def output(self, layer: SVDLinear, x: Tensor) -> Tensor:
+        """The output of one of the layers."""
+        thread = threading.get_ident()
+        waiting = self._waiting.pop(thread, None)
+        if waiting is not None:
+            if layer in waiting.outputs and waiting.x() is x and waiting.state == self._state(x):
+                y = waiting.outputs.pop(layer)
+                if waiting.outputs:
+                    self._waiting[thread] = waiting
+                return y
+            self.separate()
+        together = [other for other in self.layers if other is layer or self._goes_along(other, layer)]
+        outputs = SVDLinear._adapted(together, x, [each.base_layer(x) for each in together])
+        by_layer = dict(zip(together, outputs, strict=True))
+        y = by_layer.pop(layer)
+        if by_layer:
+            self._waiting[thread] = _Waiting(weakref.ref(x), self._state(x), by_layer)
+        return y
+
+    def separate(self) -> None:
+        """Let every layer compute for itself."""
+        for layer in self.layers:
+            layer.shared_input = None
+        self._waiting.clear()
+
+    def _goes_along(self, other: SVDLinear, layer: SVDLinear) -> bool:
+        return (
+            other.shared_input is self
+            and other.active_adapters == layer.active_adapters
+            and other.training == layer.training
+            and not other.disable_adapters
+            and not other.merged_adapters
+            # A hook that prepares the layer for its call, such as loading its weights, has not run yet.
+            and not other._forward_pre_hooks
+            and "forward" not in other.__dict__
+        )
+
+    def _state(self, x: Tensor) -> tuple[Any, ...]:
+        """What an output depends on beside x itself: versions, and the modes of autograd and autocast."""
+        tensors = [x]
+        for layer in self.layers:
+            tensors.append(layer.base_layer.weight)
+            for adapter_name in layer.active_adapters:
+                tensors += layer.triplets(adapter_name)
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+        return *modes, *((id(t), -1 if t.is_inference() else t._version) for t in tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "_waiting": {}}
