@@ -136,6 +136,8 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     if dtype not in DTYPES:
         expected = ", ".join(NAMES.values())
         raise InvalidArgumentError(f"y: expected one of {expected}, found {str(dtype).removeprefix('torch.')}")
+    for k, part in enumerate(parts):
+        _check(part, f"parts[{k}]." if len(parts) > 1 else "", x, dtype)
     x = x.to(dtype)
     tensors = [tensor for part in parts for tensor in (part.y, *(_fitting(t, dtype) for t in part[1:4]))]
     seeds = None
@@ -160,6 +162,21 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors)):
         return list(_SVDLinear.apply(plan, seeds, x, *tensors))
     return _forward(plan, seeds, x, tensors, None)
+
+
+def _check(part: Part, name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """What the native call cannot see: it is given addresses."""
+    r, features = part.A.shape[0], part.A.shape[-1]
+    if x.shape[-1] != features:
+        raise InvalidArgumentError(f"{name}x: expected {features} features as A has, found {x.shape[-1]}")
+    shapes = ((*x.shape[:-1], part.B.shape[0]), (r, features), (r, 1), (part.B.shape[0], r))
+    for field, tensor, shape in zip("yAEB", part[:4], shapes, strict=True):
+        if tensor.shape != shape:
+            raise InvalidArgumentError(f"{name}{field}: expected shape {list(shape)}, found {list(tensor.shape)}")
+        if tensor.device != x.device:
+            raise InvalidArgumentError(f"{name}{field}: expected a tensor on {x.device}, found one on {tensor.device}")
+    if part.y.dtype != dtype:
+        raise InvalidArgumentError(f"{name}y: expected {dtype} as the first, found {part.y.dtype}")
 
 
 class _Plan(NamedTuple):
@@ -223,15 +240,10 @@ def _forward(plan: _Plan, seeds: Tensor | None, x: Tensor, tensors: Sequence[Ten
     saved = 0 if h is None else h.data_ptr()
     kept = []
     for k, adapter in enumerate(plan.adapters):
-        struct = call.structs[k]
         kept += call.set_params(k, tensors[4 * k + 1 : 4 * k + 4])
-        if outputs[k].numel() != tokens * adapter.out_features:
-            raise InvalidArgumentError(
-                f"y: expected {tokens} rows of {adapter.out_features} as x has, found shape {list(outputs[k].shape)}"
-            )
         call.y[k].data = outputs[k].data_ptr()
-        struct.scaling = plan.scalings[k]
-        struct.h = saved or None
+        call.structs[k].scaling = plan.scalings[k]
+        call.structs[k].h = saved or None
         saved += 0 if h is None else tokens * adapter.init_r * h.element_size()
         call.set_dropout(k, seeds)
     call.forward(x.device)
@@ -317,8 +329,6 @@ class _Call:
 
     def set_matrix(self, matrix: c.adalora_matrix_t, rows: Tensor) -> None:
         """Point a descriptor to the rows of a tensor of two dimensions."""
-        if rows.shape[1] != matrix.columns:
-            raise InvalidArgumentError(f"x: expected {matrix.columns} features, found {rows.shape[1]}")
         matrix.data = rows.data_ptr()
         matrix.row_stride = rows.stride(0) if rows.shape[0] > 1 else 0
 

@@ -63,6 +63,7 @@ def adapt(
         )
     config = copy.deepcopy(config)
     targets = matching_modules(model, config)
+    beside = saved_modules(model, config)
     wrapped = {path: module if isinstance(module, SVDLinear) else SVDLinear(module) for path, module in targets.items()}
     merged = [path for path, layer in wrapped.items() if layer.merged_adapters]
     if merged:
@@ -92,23 +93,23 @@ def adapt(
     if not configs:
         set_adapter(model, adapter_name)
     if not config.inference_mode:
-        _train_beside(model, config, wrapped)
+        _train_beside(model, config.bias, wrapped, beside)
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in wrapped):
         _share_inputs(model.get_submodule(parent))
     return model
 
 
-def _train_beside(model: nn.Module, config: AdaLoraConfig, layers: dict[str, SVDLinear]) -> None:
+def _train_beside(model: nn.Module, bias: str, layers: dict[str, SVDLinear], saved: dict[str, nn.Module]) -> None:
     """What is trained beside the adapters: biases and whole modules."""
-    if config.bias == "all":
+    if bias == "all":
         for name, p in model.named_parameters():
             if name.rpartition(".")[2] == "bias":
                 p.requires_grad_(True)
-    elif config.bias == "lora_only":
+    elif bias == "lora_only":
         for layer in layers.values():
             if layer.bias is not None:
                 layer.bias.requires_grad_(True)
-    for module in saved_modules(model, config).values():
+    for module in saved.values():
         module.requires_grad_(True)
 
 

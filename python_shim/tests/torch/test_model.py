@@ -1,0 +1,635 @@
+"""Adapters on whole models: beside PEFT, and through everything that users do with modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adalora
+from adalora import InvalidArgumentError, InvalidStateError
+from adalora.torch import (
+    AdaLoraConfig,
+    SVDLinear,
+    adapt,
+    delete_adapter,
+    disable_adapters,
+    get_config,
+    merge,
+    merge_and_unload,
+    named_adapters,
+    set_adapter,
+    unload,
+    unmerge,
+)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
+    import transformers
+    from peft import get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+SCHEDULE = {"tinit": 2, "tfinal": 3, "total_step": 20}
+
+
+class Attention(nn.Module):
+    """Three layers that are given the same x, or two of them another sequence."""
+
+    def __init__(self, width: int = 24, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width, dtype=dtype) for _ in range(4))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        q = self.query(x)
+        other = x if other is None else other
+        weights = (q @ self.key(other).transpose(-1, -2)).softmax(-1)
+        return self.output(weights @ self.value(other))
+
+
+class Network(nn.Module):
+    """Two layers of attention, a Conv1D and a head."""
+
+    def __init__(self, width: int = 24, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(width, dtype) for _ in range(2))
+        self.mix = Conv1D(10, width).to(dtype)
+        self.head = nn.Linear(10, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(self.mix(x).tanh())
+
+
+TARGETS = ["query", "key", "value", "output", "mix"]
+SETTINGS = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "target_modules": TARGETS, **SCHEDULE}
+
+
+def config(**changed) -> AdaLoraConfig:
+    return AdaLoraConfig(
+        **{"init_r": 4, "target_r": 2, "lora_alpha": 6, "target_modules": TARGETS, **SCHEDULE, **changed}
+    )
+
+
+def network(dtype: torch.dtype = torch.float32, **changed) -> Network:
+    torch.manual_seed(1)
+    return adapt(Network(dtype=dtype), config(**changed))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Input of the network."""
+    torch.manual_seed(2)
+    return torch.randn(2, 5, 24)
+
+
+@pytest.fixture
+def calls(monkeypatch, library) -> list[int]:
+    """How many adapters each native forward pass had."""
+    counted = []
+    forward = adalora.load().adalora_adapter_forward
+    loaded = adalora.load()
+    monkeypatch.setattr(loaded, "adalora_adapter_forward", lambda *a: (counted.append(a[2]), forward(*a))[1])
+    return counted
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def randomize(model: nn.Module, adapter_name: str = "default") -> None:
+    """Make an adapter that changes the output."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for layer in named_adapters(model, adapter_name).values():
+            for p in layer.triplets(adapter_name):
+                p.normal_(0.0, 0.3)
+
+
+def with_peft(model: Network, **changed) -> nn.Module:
+    """The same network under PEFT, with the same parameters."""
+    bare = Network(dtype=next(model.parameters()).dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(bare, peft.AdaLoraConfig(**{**SETTINGS, **changed}))
+    state = {f"base_model.model.{name}": value for name, value in model.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert all("ranknum" in name for name in missing)
+    assert not unexpected
+    return theirs
+
+
+# Beside PEFT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_and_gradients_are_pefts(dtype, x):
+    ours = network(dtype)
+    randomize(ours)
+    theirs = with_peft(ours)
+    x = x.to(dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    inputs = [x.clone().requires_grad_(True) for _ in range(2)]
+    outputs = [model(each) for model, each in zip((ours, theirs), inputs, strict=True)]
+    torch.testing.assert_close(*outputs, **tolerance)
+    for y in outputs:
+        y.square().sum().backward()
+    torch.testing.assert_close(*(each.grad for each in inputs), **tolerance)
+    expected = {name.removeprefix("base_model.model."): p for name, p in trained(theirs).items() if "lora_" in name}
+    assert trained(ours).keys() == expected.keys()
+    for name, p in trained(ours).items():
+        torch.testing.assert_close(p.grad, expected[name].grad, **tolerance)
+
+
+def test_initial_values_are_distributed_as_pefts():
+    layer = SVDLinear(nn.Linear(400, 300))
+    layer.add_adapter("default", r=50, lora_alpha=8)
+    A, E, B = layer.triplets("default")
+    for p in (A, B):
+        assert abs(p.mean().item()) < 4 * 0.02 / p.numel() ** 0.5
+        assert abs(p.std().item() / 0.02 - 1) < 4 / (2 * p.numel()) ** 0.5
+    assert (E == 0).all()
+    layer.add_adapter("random", r=50, lora_alpha=8, init_lora_weights=False)
+    assert all(abs(p.std().item() - 1) < 0.35 for p in layer.triplets("random"))
+
+
+@pytest.mark.parametrize("base", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_parameter_types_are_pefts(base, autocast_adapter_dtype):
+    model = adapt(Network(dtype=base), config(), autocast_adapter_dtype=autocast_adapter_dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(
+            Network(dtype=base),
+            peft.AdaLoraConfig(init_r=4, target_r=2, target_modules=TARGETS, **SCHEDULE),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+    assert {p.dtype for p in trained(model).values()} == {p.dtype for p in trained(theirs).values()}
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_what_is_trained_beside_the_adapters(bias):
+    ours = network(bias=bias, modules_to_save=["head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = {"target_modules": TARGETS, "modules_to_save": ["head"], **SCHEDULE}
+        theirs = get_peft_model(Network(), peft.AdaLoraConfig(bias=bias, **settings))
+    expected = {name.removeprefix("base_model.model.") for name in trained(theirs)}
+    expected = {name.replace("modules_to_save.default.", "") for name in expected if "original_module" not in name}
+    assert set(trained(ours)) == expected
+
+
+def test_a_whole_transformer_beside_peft():
+    settings = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    torch.manual_seed(1)
+    ours, bare = (transformers.BertModel(settings).eval() for _ in range(2))
+    bare.load_state_dict(ours.state_dict())
+    adapt(ours, AdaLoraConfig(init_r=3, target_r=2, target_modules="all-linear", **SCHEDULE))
+    randomize(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(
+            bare, peft.AdaLoraConfig(init_r=3, target_r=2, target_modules="all-linear", **SCHEDULE)
+        ).eval()
+    theirs.load_state_dict({f"base_model.model.{k}": v for k, v in ours.state_dict().items()}, strict=False)
+    ids = torch.randint(50, (3, 7))
+    torch.testing.assert_close(ours(ids).last_hidden_state, theirs(ids).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+# What users do with modules
+
+
+def test_modules_copy_pickle_and_move(x):
+    model = network(lora_dropout=0.1, modules_to_save=["head"])
+    randomize(model)
+    model.eval()
+    expected = model(x)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(made(x), expected)
+        with torch.no_grad():
+            for p in made.parameters():
+                p.zero_()
+        assert not made(x).any()
+    assert torch.equal(model(x), expected)
+    wide = copy.deepcopy(model).to(torch.float64)
+    torch.testing.assert_close(wide(x.double()), expected.double(), rtol=1e-4, atol=1e-5)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(half(x.bfloat16()).float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_load(x, assign):
+    model, other = network(), network()
+    randomize(model)
+    parameters = list(other.parameters())
+    other(x)
+    other.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
+    assert all((new is old) != assign for new, old in zip(other.parameters(), parameters, strict=True))
+    assert torch.equal(other(x), model(x))
+    assert set(trained(other)) == set(trained(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", ["model", "autocast"])
+def test_half_precision(x, dtype, target):
+    model = network()
+    randomize(model)
+    exact = model(x)
+    exact.square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in trained(model).items()}
+    model.zero_grad()
+    if target == "model":
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                module.to(dtype)
+        y = model(x.to(dtype))
+    else:
+        with torch.autocast("cpu", dtype=dtype):
+            y = model(x)
+    assert y.dtype == dtype
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+    assert (y - exact).abs().max() / exact.abs().max() < 0.05
+    y.float().square().sum().backward()
+    for name, p in trained(model).items():
+        assert (p.grad - wanted[name]).abs().max() / wanted[name].abs().max() < 0.2, name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_with_dropout(x, use_reentrant):
+    model = network(lora_dropout=0.3)
+    randomize(model)
+    inputs = [x.clone().requires_grad_(True) for _ in range(2)]
+    results = []
+    for each, wrapped in zip(inputs, (False, True), strict=True):
+        torch.manual_seed(4)
+        y = checkpoint(model, each, use_reentrant=use_reentrant) if wrapped else model(each)
+        y.square().sum().backward()
+        results.append([y, each.grad, *(p.grad.clone() for p in trained(model).values())])
+        model.zero_grad()
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(x, mode):
+    model = network(lora_dropout=0.5).eval()
+    randomize(model)
+    expected = model(x)
+    with mode():
+        assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+
+
+def test_dropout_acts_in_training_alone(x):
+    model = network(lora_dropout=0.5)
+    randomize(model)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_trained_base_gets_its_gradient(x):
+    model = network()
+    randomize(model)
+    theirs = with_peft(model)
+    for each in (model, theirs):
+        each.requires_grad_(True)
+        each(x).square().sum().backward()
+    expected = {name.removeprefix("base_model.model."): p.grad for name, p in theirs.named_parameters()}
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_see_the_base_layers_own_output(x):
+    model = network()
+    randomize(model)
+    layer = model.layers[0].query
+    seen = []
+    expected = layer(x)
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(seen[0], nn.functional.linear(x, layer.weight, layer.bias))
+
+
+class Same(nn.Linear):
+    """A base layer that gives back what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Twice(nn.Linear):
+    """A base layer that keeps its output, and gives a view of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept.view(-1, self.out_features)
+
+
+@pytest.mark.parametrize("kind", [Same, Twice])
+def test_outputs_that_others_hold_are_not_overwritten(x, kind):
+    layer = SVDLinear(kind(24, 24))
+    layer.add_adapter("default", r=3, lora_alpha=3, init_lora_weights=False)
+    layer.active_adapters = ["default"]
+    before = x.clone()
+    rows = x.view(-1, 24).requires_grad_(True)
+    y = layer(rows)
+    assert torch.equal(x, before)
+    if kind is Twice:
+        assert torch.equal(layer.base_layer.kept, nn.functional.linear(rows, layer.weight, layer.bias))
+    A, E, B = layer.triplets("default")
+    base = kind.forward(layer.base_layer, rows)
+    torch.testing.assert_close(y, base + (rows @ A.T * E.T) @ B.T * layer.scaling("default"), rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+
+
+# Layers that share an input
+
+
+def test_query_key_and_value_are_one_call(x, calls):
+    model = network()
+    model(x)
+    assert calls == [3, 1, 3, 1, 1]
+
+
+def test_shared_inputs_change_results_by_rounding_alone(x):
+    together, apart = network(), network()
+    for model in (together, apart):
+        randomize(model)
+    for layer in named_adapters(apart).values():
+        layer.shared_input = None
+    inputs = [x.clone().requires_grad_(True) for _ in range(2)]
+    outputs = [model(each) for model, each in zip((together, apart), inputs, strict=True)]
+    assert torch.equal(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-6)
+    # The last layers' gradients come before any sum in another order.
+    for name, p in named_adapters(together).items():
+        for matrix, other in zip(p.triplets("default"), named_adapters(apart)[name].triplets("default"), strict=True):
+            torch.testing.assert_close(matrix.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_that_share_no_input_after_all_separate(x, calls):
+    torch.manual_seed(1)
+    model = adapt(Attention(), config(target_modules=["query", "key", "value"]))
+    randomize(model)
+    other = torch.randn(2, 6, 24)
+    y = model(x, other)
+    # Key and value were computed from x in vain once, and never again.
+    assert calls == [3, 1, 1]
+    assert torch.equal(model(x, other), y)
+    assert calls == [3, 1, 1, 1, 1, 1]
+    delta = {name: layer.get_delta_weight("default") for name, layer in named_adapters(model).items()}
+    with torch.no_grad():
+        for name, layer in named_adapters(model).items():
+            layer.base_layer.weight += delta[name]
+    with disable_adapters(model):
+        torch.testing.assert_close(model(x, other), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", ["x", "parameter"])
+def test_a_stale_output_is_never_used(x, changed):
+    model = adapt(Attention(), config(target_modules=["query", "key", "value"]))
+    randomize(model)
+    with torch.no_grad():
+        model.query(x)
+        if changed == "x":
+            x.mul_(2)
+        else:
+            model.key.lora_B["default"].mul_(2)
+        found = model.key(x)
+        model.key.shared_input = None
+        assert torch.equal(found, model.key(x))
+
+
+def test_modes_that_differ_within_a_group(x):
+    model = adapt(Attention(), config(target_modules=["query", "key", "value"], lora_dropout=0.5))
+    randomize(model)
+    model.key.eval()
+    expected = model.key(x)
+    for _ in range(2):
+        model(x)
+        assert torch.equal(model.key(x), expected)
+
+
+# Several adapters
+
+
+def test_several_adapters_on_one_model(x):
+    model = network()
+    randomize(model)
+    alone = model(x)
+    adapt(model, config(init_r=2, target_r=1, target_modules=["query", "output"], inference_mode=True), "second")
+    randomize(model, "second")
+    assert torch.equal(model(x), alone)
+    assert set(trained(model)) == {name for name in model.state_dict() if name.endswith(".default")}
+    assert list(named_adapters(model, "second")) == [
+        f"layers.{k}.{name}" for k in (0, 1) for name in ("query", "output")
+    ]
+
+    set_adapter(model, "second")
+    second = model(x)
+    set_adapter(model, ["default", "second"])
+    both = model(x)
+    layer = model.layers[0].query
+    y = layer(x)
+    deltas = [layer.get_delta_weight(name) for name in ("default", "second")]
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.weight + sum(deltas), layer.bias), rtol=1e-4, atol=1e-4)
+    set_adapter(model, [])
+    base = model(x)
+    assert len({round(each.sum().item(), 4) for each in (alone, second, both, base)}) == 4
+    set_adapter(model, "default")
+    assert torch.equal(model(x), alone)
+
+    with pytest.raises(InvalidArgumentError, match=r"expected inference_mode, since the adapter 'default' is trained"):
+        adapt(model, config(), "third")
+    with pytest.raises(InvalidArgumentError, match=r"expected a name other than \['default', 'second'\]"):
+        adapt(model, config(inference_mode=True), "second")
+    with pytest.raises(InvalidArgumentError, match=r"expected one of \['default', 'second'\], found 'third'"):
+        set_adapter(model, "third")
+    with pytest.raises(InvalidArgumentError, match="without dots"):
+        adapt(model, config(inference_mode=True), "a.b")
+
+    delete_adapter(model, "second")
+    assert torch.equal(model(x), alone)
+    with pytest.raises(InvalidArgumentError, match="second"):
+        get_config(model, "second")
+
+
+def test_both_of_two_active_adapters_get_gradients(x):
+    model = network()
+    adapt(model, config(inference_mode=True), "second")
+    randomize(model, "second")
+    set_adapter(model, ["default", "second"])
+    model(x).sum().backward()
+    for layer in named_adapters(model).values():
+        assert all(p.grad is not None for p in layer.triplets("default"))
+        assert all(p.grad is None for p in layer.triplets("second"))
+
+
+def test_a_failed_adapt_leaves_the_model_alone():
+    model = Network()
+    before = {name: type(module) for name, module in model.named_modules()}
+    for wrong in (config(target_modules=["nothing"]), config(modules_to_save=["nothing"])):
+        with pytest.raises(InvalidArgumentError, match="nothing"):
+            adapt(model, wrong)
+        assert {name: type(module) for name, module in model.named_modules()} == before
+        assert all(p.requires_grad for p in model.parameters())
+        assert not hasattr(model, "adalora_config")
+
+
+def test_the_callers_configuration_stays_as_it_is():
+    given = config()
+    expected = copy.deepcopy(given)
+    model = adapt(Network(), given)
+    assert given == expected
+    given.lora_alpha = 100
+    assert get_config(model, "default").lora_alpha == 6
+
+
+# Switching off, merging, unloading
+
+
+def test_disabled_adapters_leave_the_base_model(x):
+    model = network()
+    randomize(model)
+    torch.manual_seed(1)
+    expected, adapted = Network()(x), model(x)
+    with disable_adapters(model):
+        assert torch.equal(model(x), expected)
+        with disable_adapters(model):
+            assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), adapted)
+    merge(model)
+    merged = model(x)
+    with pytest.raises(KeyError), disable_adapters(model):
+        assert torch.equal(model(x), expected)
+        raise KeyError
+    assert torch.equal(model(x), merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_merging_and_unmerging_restores_every_bit(x, dtype):
+    model = network(dtype)
+    randomize(model)
+    x = x.to(dtype)
+    base = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    adapted = model(x)
+    for _ in range(20):
+        merge(model, safe_merge=True)
+        merged = model(x)
+        unmerge(model)
+        assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 0.05)
+    assert (merged - adapted).abs().max() / adapted.abs().max() < tolerance
+    assert torch.equal(model(x), adapted)
+
+
+@pytest.mark.parametrize("name", ["layers.0.query", "mix"])
+def test_merged_weights_are_pefts(x, name):
+    ours = network(torch.float64)
+    randomize(ours)
+    theirs = with_peft(ours)
+    layer, other = ours.get_submodule(name), theirs.base_model.model.get_submodule(name)
+    torch.testing.assert_close(layer.get_delta_weight("default"), other.get_delta_weight("default"))
+    merge(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.merge()
+    torch.testing.assert_close(layer.weight, other.weight)
+    assert layer.weight is layer.base_layer.weight
+    merge(ours)
+    torch.testing.assert_close(layer.weight, other.weight)
+
+
+def test_unmerging_without_a_backup_subtracts():
+    model = network(torch.float64)
+    randomize(model)
+    weight = model.mix.weight.clone()
+    merge(model, backup=False)
+    assert not torch.equal(model.mix.weight, weight)
+    unmerge(model)
+    torch.testing.assert_close(model.mix.weight, weight, rtol=1e-12, atol=1e-12)
+
+
+def test_a_safe_merge_changes_all_layers_or_none(x):
+    model = network()
+    randomize(model)
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.layers[1].value.lora_A["default"][0, 0] = float("nan")
+    with pytest.raises(InvalidArgumentError, match=r"layers\.1\.value: .*expected a finite weight"):
+        merge(model, safe_merge=True)
+    assert not any(layer.merged_adapters for layer in named_adapters(model).values())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in state.items() if name.endswith("weight"))
+
+
+def test_merging_several_adapters(x):
+    model = network()
+    adapt(model, config(inference_mode=True), "second")
+    randomize(model, "second")
+    set_adapter(model, ["default", "second"])
+    expected = model(x)
+    merge(model, adapter_names=["second"])
+    merge(model)
+    assert model.mix.merged_adapters == ["second", "default"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    for forbidden in (
+        lambda: set_adapter(model, "second"),
+        lambda: delete_adapter(model, "second"),
+        lambda: adapt(model, config(inference_mode=True), "third"),
+    ):
+        with pytest.raises(InvalidStateError, match=r"found layers\.0\.query merged"):
+            forbidden()
+    unmerge(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_unloading_gives_the_plain_model_back(x):
+    model = network()
+    randomize(model)
+    torch.manual_seed(1)
+    plain = Network()
+    merge(model)
+    assert unload(model) is model
+    assert str(model) == str(plain)
+    assert torch.equal(model(x), plain(x))
+    assert not hasattr(model, "adalora_config")
+    adapt(model, config())
+
+
+def test_merge_and_unload_computes_what_was_adapted(x):
+    model = network()
+    randomize(model)
+    expected = model(x)
+    merge_and_unload(model, safe_merge=True)
+    assert not named_adapters(model, None)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_deleting_the_only_adapter_unwraps(x):
+    model = network()
+    delete_adapter(model, "default")
+    assert str(model) == str(Network())
+
+
+def test_only_linear_layers_are_wrapped():
+    with pytest.raises(InvalidArgumentError, match=r"expected torch.nn.Linear or transformers' Conv1D, found Conv2d"):
+        SVDLinear(nn.Conv2d(3, 4, 2))
+
+
+def test_an_svdlinear_says_what_it_is():
+    text = str(network(lora_dropout=0.1).layers[0].query)
+    assert "default(r=4, scaling=1.5, lora_dropout=0.1)" in text
+    assert "(base_layer): Linear(in_features=24" in text
