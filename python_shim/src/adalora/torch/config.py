@@ -23,33 +23,31 @@ TASK_HEADS = {
 }
 """For each of PEFT's task types, names of new heads: they are trained whole, as if `modules_to_save` named them."""
 
-# Fields of PEFT's configuration that AdaLoRA has no use for: what stands there when they are off.
-_OFF: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
-}
-# Fields that are notes of the writer.
-_NOTES = ("auto_mapping", "peft_version", "runtime_config")
+# Options of PEFT's configuration that AdaLoRA does not have: each is off where its value is empty.
+_OPTIONS = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_bias",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+    "velora_config",
+)
+# What a file may hold beside: notes of its writer, and details of options that are off.
+_IGNORED = ("auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "runtime_config")
 
 
 @dataclass(kw_only=True)
@@ -85,8 +83,8 @@ class AdaLoraConfig:
             is anything in them.
         init_lora_weights: False: the adapter changes the output from the beginning, for tests.
         layers_to_transform: numbers of the layers to adapt, where `target_modules` is a list of names.
-        layers_pattern: what the list of layers is called in a path, such as "layers" or "h"; None: the first number in
-            a path counts.
+        layers_pattern: what the list of layers is called in a path, such as "layers" or "h"; None: the first number
+            after two names counts, as in "model.layers.0".
         task_type: one of PEFT's task types; it decides which heads are trained whole.
         inference_mode: the adapter is not trained.
         base_model_name_or_path: noted in the file for those who load it.
@@ -126,7 +124,7 @@ class AdaLoraConfig:
     def __new__(cls, *args: Any, **options: Any) -> AdaLoraConfig:
         """Refuse PEFT's other options by name; what nobody knows is a TypeError as everywhere."""
         for name in options:
-            if name in _OFF:
+            if name in _OPTIONS or name in _IGNORED:
                 raise InvalidArgumentError(
                     f"{name}: expected an option of AdaLoRA, found one of PEFT's LoRA that AdaLoRA does not have"
                 )
@@ -197,8 +195,8 @@ class AdaLoraConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> AdaLoraConfig:
         """The configuration that `to_dict` or PEFT wrote into `adapter_config.json`.
 
-        Fields of PEFT's that AdaLoRA has no use for may be there as long as they are off. One that is unknown, as a later
-        version of PEFT may write it, is ignored with a warning unless it is empty.
+        Options of PEFT's LoRA that AdaLoRA does not have may be there as long as they are off. A field that is unknown,
+        as a later version of PEFT may write it, is ignored, with a warning unless it is empty.
 
         Raises:
             InvalidArgumentError: a field is wrong, or asks for what AdaLoRA does not have; it is named.
@@ -208,12 +206,11 @@ class AdaLoraConfig:
             _refuse("peft_type", "'ADALORA'", values.get("peft_type"))
         known = {field.name for field in fields(cls)}
         for name, value in values.items():
-            if name in known or name in _NOTES or not value:
+            if name in known or name in _IGNORED or not value:
                 continue
-            if name not in _OFF:
-                warnings.warn(f"{name}: found {value!r}, a field that is not known and ignored", stacklevel=2)
-            elif value != _OFF[name]:
-                _refuse(name, f"{_OFF[name]!r} (AdaLoRA does not have this option)", value)
+            if name in _OPTIONS:
+                _refuse(name, "an empty value, since AdaLoRA does not have this option", value)
+            warnings.warn(f"{name}: found {value!r}, a field that is not known and ignored", stacklevel=2)
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def _check_targets(self) -> None:
@@ -236,7 +233,7 @@ class AdaLoraConfig:
                 value = list(_names(name, value))
                 setattr(self, name, value)
             for pattern in [value] if isinstance(value, str) else value:
-                _check_pattern(name, rf"(?:{pattern})\.(?P<idx>\d+)", pattern)
+                _check_pattern(name, rf"{pattern}\.(?P<idx>\d+)\.", pattern)
 
         layers = self.layers_to_transform
         if layers is not None:
