@@ -3,18 +3,22 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz cargo tools clean
+.PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz \
+  cargo tools python clean
 
 LIBRARY := target/release/libadalora.so
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 SANITIZED := target/$(TARGET)/release/libadalora.so
 VENV := target/venv
-BENCH_VENV := target/venv-bench
 PYTHON := $(VENV)/bin/python
 GOLDEN := python_shim/tests/golden $(wildcard ../shared/golden)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-demo: tools lib
+# DEMO takes the program's own options, such as DEMO="--epochs 2 --lr 5e-3".
+demo: python
+	$(PYTHON) python_shim/examples/minilm_tweets.py --output target/minilm $(DEMO)
+
+demo-cpp: tools lib
 	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
 	cmake --build target/cpp --target digits_trainer
 	target/cpp/digits/digits_trainer
@@ -43,8 +47,7 @@ test-cpp-sanitized: tools lib-sanitized
 	cmake --build target/cpp-sanitized
 	ctest --test-dir target/cpp-sanitized --output-on-failure
 
-test-python: tools
-	$(PYTHON) -m pip install --quiet ./python_shim[test]
+test-python: python
 	cd python_shim && $(abspath $(PYTHON)) -m pytest -q
 
 test-replay: tools lib
@@ -55,10 +58,8 @@ test-replay: tools lib
 fuzz: tools
 	FUZZ_SECONDS=60 cargo test --release --locked --lib sequences -- --nocapture
 
-bench: lib
-	test -x $(BENCH_VENV)/bin/python || python3 -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/python -m pip install --quiet --requirement benches/requirements.txt ./python_shim
-	$(BENCH_VENV)/bin/python benches/bench.py
+bench: python
+	$(PYTHON) benches/bench.py
 
 header: tools
 	WRITE_HEADER=1 cargo test --locked --test header
@@ -88,8 +89,12 @@ target/.tools: Makefile python_shim/pyproject.toml
 	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing; fi
 	mkdir -p target
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet ruff numpy pytest safetensors ml_dtypes
+	$(PYTHON) -m pip install --quiet --constraint python_shim/constraints.txt ruff numpy safetensors ml_dtypes
 	touch $@
+
+# The package, built as a user's pip would, with what its demo and tests need: PyTorch is several gigabytes.
+python: tools
+	$(PYTHON) -m pip install --quiet --constraint python_shim/constraints.txt ./python_shim[test]
 
 clean:
 	rm -rf target

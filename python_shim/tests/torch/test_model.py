@@ -185,6 +185,20 @@ def test_what_is_trained_beside_the_adapters(bias):
     assert set(trained(ours)) == expected
 
 
+def test_the_new_head_of_a_task_is_trained_whole():
+    settings = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    asked = {"target_modules": "all-linear", "task_type": "SEQ_CLS", **SCHEDULE}
+    ours = adapt(transformers.BertForSequenceClassification(settings), AdaLoraConfig(**asked))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(transformers.BertForSequenceClassification(settings), peft.AdaLoraConfig(**asked))
+    expected = {name.removeprefix("base_model.model.") for name in trained(theirs) if "original_module" not in name}
+    assert set(trained(ours)) == {name.replace("modules_to_save.default.", "") for name in expected}
+    assert "classifier.weight" in trained(ours)
+
+
 def test_a_whole_transformer_beside_peft():
     settings = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48

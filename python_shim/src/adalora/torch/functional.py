@@ -115,6 +115,9 @@ class Part(NamedTuple):
     """Probability with which an element of x is dropped for it."""
     in_place: bool = False
     """Whether `y` may be overwritten by the result."""
+    weight: Tensor | None = None
+    """[out, in], the frozen weight that y was made with, where y itself carries no gradient to x: backward then adds
+    `dy weight` to the gradient for x, in memory that it has at hand anyway."""
 
 
 def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
@@ -160,7 +163,7 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     )
     plan = _Plan(adapters, tuple(part.scaling for part in parts), tuple(part.in_place for part in parts))
     if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors)):
-        return list(_SVDLinear.apply(plan, seeds, x, *tensors))
+        return list(_SVDLinear.apply(plan, seeds, x, [part.weight for part in parts], *tensors))
     return _forward(plan, seeds, x, tensors, None)
 
 
@@ -187,7 +190,9 @@ class _Plan(NamedTuple):
 
 class _SVDLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, seeds: Tensor | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, plan: _Plan, seeds: Tensor | None, x: Tensor, weights: list[Tensor | None], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         rows = _rows(x)
         rank = sum(adapter.init_r for adapter in plan.adapters)
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -195,7 +200,8 @@ class _SVDLinear(torch.autograd.Function):
         h = torch.empty(rows.shape[0] * rank, dtype=compute, device=x.device)
         outputs = _forward(plan, seeds, rows, tensors, h)
         ctx.plan = plan
-        ctx.save_for_backward(rows, h, seeds, *(t for k in range(0, len(tensors), 4) for t in tensors[k + 1 : k + 4]))
+        params = (t for k in range(0, len(tensors), 4) for t in tensors[k + 1 : k + 4])
+        ctx.save_for_backward(rows, h, seeds, *weights, *params)
         ctx.mark_dirty(*(y for y, dirty in zip(tensors[::4], plan.in_place, strict=True) if dirty))
         ctx.set_materialize_grads(False)
         ctx.x_shape = x.shape
@@ -204,12 +210,18 @@ class _SVDLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, seeds, *params = ctx.saved_tensors
-        plan = ctx.plan
+        x, h, seeds, *others = ctx.saved_tensors
+        plan, weights, params = ctx.plan, others[: len(dys)], others[len(dys) :]
         # An output that the loss does not depend on has no gradient to give on.
         used = [k for k, dy in enumerate(dys) if dy is not None]
-        needs_dx = ctx.needs_input_grad[2] and bool(used)
-        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_dx else None
+        dx = None
+        if ctx.needs_input_grad[2] and used:
+            for k in used:
+                if weights[k] is not None:
+                    dy = _rows(dys[k])
+                    dx = dy @ weights[k] if dx is None else dx.addmm_(dy, weights[k])
+            if dx is None:
+                dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         grads: list[Tensor | None] = [None] * (4 * len(dys))
         for k in used:
             grads[4 * k] = dys[k]
@@ -218,11 +230,12 @@ class _SVDLinear(torch.autograd.Function):
             ]
         if used:
             _backward(plan, used, seeds, x, h, params, grads, dx)
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         return (
             None,
             None,
             None if dx is None else dx.view(ctx.x_shape),
+            None,
             *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
         )
 

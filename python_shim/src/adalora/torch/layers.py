@@ -128,11 +128,16 @@ class SVDLinear(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         if self.shared_input is not None and not args and not kwargs:
             return self.shared_input.output(self, x)
-        return self._adapted([self], x, [self.base_layer(x, *args, **kwargs)])[0]
+        return self._adapted([self], x, *args, **kwargs)[0]
 
     @staticmethod
-    def _adapted(layers: Sequence[SVDLinear], x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    def _adapted(layers: Sequence[SVDLinear], x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
         """What layers with the same active adapters make of the same x."""
+        weights: Sequence[Tensor | None] = [layer._plain_weight(x) for layer in layers]
+        outputs = []
+        for layer, weight in zip(layers, weights, strict=True):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight is None):
+                outputs.append(layer.base_layer(x, *args, **kwargs))
         for adapter_name in layers[0].active_adapters:
             parts = [
                 Part(
@@ -143,11 +148,26 @@ class SVDLinear(nn.Module):
                     layer.scaling(adapter_name),
                     layer.lora_dropout[adapter_name] if layer.training else 0.0,
                     layer._may_overwrite(x, y),
+                    weight,
                 )
-                for layer, y in zip(layers, outputs, strict=True)
+                for layer, y, weight in zip(layers, outputs, weights, strict=True)
             ]
             outputs = svd_linear(x, parts)
+            weights = [None] * len(layers)
         return outputs
+
+    def _plain_weight(self, x: Tensor) -> Tensor | None:
+        """The base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
+        base = self.base_layer
+        plain = (
+            type(base) is nn.Linear
+            and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+            and base.weight.dtype == x.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not any(hooks for hooks in (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks))
+            and not (base._backward_pre_hooks or nn.modules.module._has_any_global_hook())
+        )
+        return base.weight if plain else None
 
     def _may_overwrite(self, x: Tensor, y: Tensor) -> bool:
         """Whether nobody but us can hold y: the base layer's class is known, and no hook saw it."""
@@ -155,7 +175,7 @@ class SVDLinear(nn.Module):
         return (
             type(base) is nn.Linear
             and not base._forward_hooks
-            and not nn.modules.module._global_forward_hooks
+            and not nn.modules.module._has_any_global_hook()
             and y.is_contiguous()
             and not y._is_view()
             and not (y.is_leaf and y.requires_grad)
@@ -297,7 +317,7 @@ class SharedInput:
                 return y
             self.separate()
         together = [other for other in self.layers if other is layer or self._goes_along(other, layer)]
-        outputs = SVDLinear._adapted(together, x, [each.base_layer(x) for each in together])
+        outputs = SVDLinear._adapted(together, x)
         by_layer = dict(zip(together, outputs, strict=True))
         y = by_layer.pop(layer)
         if by_layer:

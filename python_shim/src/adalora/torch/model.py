@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidArgumentError, InvalidStateError
-from .config import AdaLoraConfig
+from .config import TASK_HEADS, AdaLoraConfig
 from .layers import SharedInput, SVDLinear
 from .matching import matching_modules
 
@@ -114,17 +114,15 @@ def _train_beside(model: nn.Module, bias: str, layers: dict[str, SVDLinear], sav
 
 
 def saved_modules(model: nn.Module, config: AdaLoraConfig) -> dict[str, nn.Module]:
-    """The modules that `modules_to_save` names: trained whole, and saved with the adapter."""
-    names = config.modules_to_save or ()
-    found = {
-        path: module
-        for path, module in model.named_modules()
-        if any(path == name or path.endswith(f".{name}") for name in names)
-    }
-    missing = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in found)]
+    """The modules that are trained whole and saved with the adapter: `modules_to_save` and the task type's heads."""
+    named = lambda path, name: path == name or path.endswith(f".{name}")  # noqa: E731
+    paths = dict(model.named_modules())
+    asked = tuple(config.modules_to_save or ())
+    missing = [name for name in asked if not any(named(path, name) for path in paths)]
     if missing:
         raise InvalidArgumentError(f"modules_to_save: expected names of modules of the model, found {missing[0]!r}")
-    return found
+    names = (*asked, *TASK_HEADS.get(config.task_type or "", ()))
+    return {path: module for path, module in paths.items() if any(named(path, name) for name in names)}
 
 
 def _share_inputs(parent: nn.Module) -> None:
