@@ -3,7 +3,7 @@
 //! Work is cut into pieces that depend on the shapes alone, and what is summed over pieces is summed in order.
 
 use super::Host;
-use super::element::{load, pointer, store, write};
+use super::element::{is_own, load, pointer, store, write};
 use super::kernels::{Coefficients, Order, Rows, accumulate, dot};
 use super::simd::{Isa, Real};
 use super::update::{Update, sum_of_squares};
@@ -36,9 +36,10 @@ struct Layout {
     /// Sums of squares, a chunk each.
     squares: usize,
     gram: usize,
-    /// What the factors are multiplied by to give the penalty's gradient.
-    coefficients: usize,
-    /// From here on, a worker each: a panel of P, one of the gradient, and a product of two panels.
+    /// Distances of the factors' Gram matrices from the identity.
+    norms: usize,
+    /// From here on, a worker each: a panel of P, one of the gradient, a product of two panels, and what P is multiplied
+    /// by to give the penalty's gradient.
     scratch: usize,
     scratch_bytes: usize,
     bytes: usize,
@@ -61,13 +62,14 @@ impl Layout {
         let order = take(model.triplets())?;
         let squares = take((elements / CHUNK).checked_add(n_slices)?)?;
         let gram_begin = take(gram)?;
-        let coefficients = take(gram)?;
+        let norms = take(model.geometries.len().checked_mul(2)?)?;
         let scratch = take(0)?;
-        take(rank.checked_mul(PANEL)?.checked_mul(2)?.checked_add(rank.checked_mul(rank)?)?)?;
+        let square = rank.checked_mul(rank)?;
+        take(rank.checked_mul(PANEL)?.checked_add(square)?.checked_mul(2)?)?;
         let scratch_bytes = next - scratch;
         let bytes = scratch_bytes.checked_mul(threads)?.checked_add(scratch)?;
         isize::try_from(bytes).ok()?;
-        Some(Self { scores, order, squares, gram: gram_begin, coefficients, scratch, scratch_bytes, bytes })
+        Some(Self { scores, order, squares, gram: gram_begin, norms, scratch, scratch_bytes, bytes })
     }
 }
 
@@ -85,11 +87,16 @@ struct Chunk {
     end: usize,
 }
 
-/// All panels of one factor: one task.
-struct FactorPanels {
-    adapter: usize,
-    factor: Factor,
-    panels: Range<usize>,
+/// A worker's memory for Gram matrices and the penalty.
+struct Scratch<T> {
+    /// A panel of P.
+    p: *mut T,
+    /// A panel of the gradient.
+    g: *mut T,
+    /// rank times rank.
+    product: Rows<T>,
+    /// rank times rank.
+    coefficients: *mut f64,
 }
 
 struct CpuAllocator {
@@ -97,7 +104,8 @@ struct CpuAllocator {
     binding: Binding,
     layout: Layout,
     chunks: Vec<Chunk>,
-    factors: Vec<FactorPanels>,
+    /// The panels of each adapter's A, then of its B.
+    factors: Vec<Range<usize>>,
     /// First slice of each adapter, and one past the last.
     first_slice: Vec<usize>,
     /// Whether there is enough to do for several threads.
@@ -120,11 +128,12 @@ pub(super) unsafe fn bind(host: Arc<Host>, binding: Binding) -> Result<Box<dyn B
         }
     }
     let panels = binding.panels().unwrap_or_default();
-    let mut factors: Vec<FactorPanels> = reserve(panels.len(), "panels")?;
-    for (i, panel) in panels.iter().enumerate() {
-        match factors.last_mut() {
-            Some(last) if (last.adapter, last.factor) == (panel.adapter, panel.factor) => last.panels.end = i + 1,
-            _ => factors.push(FactorPanels { adapter: panel.adapter, factor: panel.factor, panels: i..i + 1 }),
+    let mut factors = reserve(2 * model.geometries.len(), "factors")?;
+    for adapter in 0..model.geometries.len() {
+        for factor in [Factor::A, Factor::B] {
+            let end = |key| panels.partition_point(|p| (p.adapter, p.factor) <= key);
+            let begin = panels.partition_point(|p| (p.adapter, p.factor) < (adapter, factor));
+            factors.push(begin..end((adapter, factor)));
         }
     }
     let adapters = model.geometries.len();
@@ -320,53 +329,74 @@ impl CpuAllocator {
     }
 
     fn write_gram(&self, to: Address) -> Result<()> {
-        let model = &self.binding.model;
         let panels = self.binding.panels()?;
-        // SAFETY: the buffer has room for all Gram matrices.
-        unsafe { pointer::<f64>(to).write_bytes(0, model.gram_offsets[model.geometries.len()]) };
         self.host.team.run(self.factors.len(), self.parallel, "gram is", |i, worker| {
-            let factor = &self.factors[i];
-            let rank = model.geometries[factor.adapter].rank;
-            let gram = pointer::<f64>(to).wrapping_add(factor.gram_offset(model));
-            // SAFETY: each factor's matrix is one task's; the scratch is the worker's.
-            unsafe {
-                for panel in panels[factor.panels.clone()].iter().filter(|p| !p.replica) {
-                    match model.geometries[factor.adapter].compute_dtype() {
-                        Dtype::Float64 => self.add_gram::<f64>(panel, rank, gram, worker),
-                        _ => self.add_gram::<f32>(panel, rank, gram, worker),
-                    }
-                }
-                for row in 1..rank {
-                    (0..row).for_each(|j| *gram.add(row * rank + j) = *gram.add(j * rank + row));
-                }
-            }
+            // SAFETY: the buffer has room for all Gram matrices; each is one task's.
+            unsafe { self.write_gram_of(i, &panels[self.factors[i].clone()], to, worker) };
         })
     }
 
-    fn scratch<T>(&self, worker: usize, rank: usize) -> (Rows<T>, Rows<T>, Rows<T>) {
-        let begin = pointer::<T>(self.at(self.layout.scratch + worker * self.layout.scratch_bytes));
+    /// Where a factor's Gram matrix is in a buffer of all of them.
+    fn gram_at(&self, factor: usize, grams: Address) -> *mut f64 {
+        let model = &self.binding.model;
+        let rank = model.geometries[factor / 2].rank;
+        pointer::<f64>(grams).wrapping_add(model.gram_offsets[factor / 2] + factor % 2 * rank * rank)
+    }
+
+    /// # Safety
+    /// The factor's Gram matrix is this task's, and the scratch the worker's.
+    unsafe fn write_gram_of(&self, factor: usize, panels: &[Panel], grams: Address, worker: usize) {
+        let geometry = &self.binding.model.geometries[factor / 2];
+        let (rank, gram) = (geometry.rank, self.gram_at(factor, grams));
+        // SAFETY: rank times rank elements.
+        unsafe {
+            gram.write_bytes(0, rank * rank);
+            for panel in panels.iter().filter(|p| !p.replica) {
+                match geometry.compute_dtype() {
+                    Dtype::Float64 => self.add_gram::<f64>(panel, rank, gram, &self.scratch(worker, rank)),
+                    _ => self.add_gram::<f32>(panel, rank, gram, &self.scratch(worker, rank)),
+                }
+            }
+            for row in 1..rank {
+                (0..row).for_each(|j| *gram.add(row * rank + j) = *gram.add(j * rank + row));
+            }
+        }
+    }
+
+    fn scratch<T>(&self, worker: usize, rank: usize) -> Scratch<T> {
+        let begin = self.at(self.layout.scratch + worker * self.layout.scratch_bytes);
+        let after = |elements: usize| begin.offset(elements * size_of::<f64>());
         let panel = rank * PANEL;
-        (
-            Rows::new(begin, PANEL),
-            Rows::new(begin.wrapping_add(panel), PANEL),
-            Rows::new(begin.wrapping_add(2 * panel), rank),
-        )
+        Scratch {
+            p: pointer(begin),
+            g: pointer(after(panel)),
+            product: Rows::new(pointer(after(2 * panel)), rank),
+            coefficients: pointer(after(2 * panel + rank * rank)),
+        }
     }
 
     /// Adds a panel's products to the upper triangle of a Gram matrix.
     ///
     /// # Safety
     /// The panel was checked; matrix and scratch are this task's.
-    unsafe fn add_gram<T: Real>(&self, panel: &Panel, rank: usize, gram: *mut f64, worker: usize) {
-        let (p, _, product) = self.scratch::<T>(worker, rank);
+    unsafe fn add_gram<T: Real>(&self, panel: &Panel, rank: usize, gram: *mut f64, scratch: &Scratch<T>) {
+        let (isa, product) = (self.host.isa, scratch.product);
         for begin in (0..panel.columns).step_by(PANEL) {
             let n = PANEL.min(panel.columns - begin);
-            // SAFETY: rank rows of n columns; the product has rank times rank elements.
+            // SAFETY: the panel's elements; the product has rank times rank.
             unsafe {
-                self.gather(panel, rank, begin, n, p);
+                let p = self.rows_of(panel, rank, (begin, n), |s| s.p, scratch.p);
                 for row in (0..rank).step_by(4) {
+                    let (rows, columns) = (4.min(rank - row), rank - row);
                     let to = Rows::new(product.from(row).data.wrapping_add(row), rank);
-                    dot(self.host.isa, (4.min(rank - row), rank - row, n), p.from(row), p.from(row), to);
+                    if panel.factor == Factor::A {
+                        dot(isa, (rows, columns, n), p.from(row), p.from(row), to);
+                    } else {
+                        (0..rows).for_each(|i| to.from(i).data.write_bytes(0, columns));
+                        let p = Rows::new(p.data.wrapping_add(row), p.stride);
+                        let c = Coefficients { data: p.data.cast_const(), row: 1, column: p.stride };
+                        accumulate(isa, Order::ByColumn, (rows, n, columns), c, p, to);
+                    }
                 }
                 for row in 0..rank {
                     for j in row..rank {
@@ -377,95 +407,111 @@ impl CpuAllocator {
         }
     }
 
-    /// Adds `c P` to the gradients of a panel.
+    /// Adds the gradient of `scale` times a factor's distance from orthonormal rows to its gradient, from its Gram
+    /// matrix; returns the distance.
+    ///
+    /// # Safety
+    /// The factor's gradients are this task's, and the scratch the worker's.
+    unsafe fn add_penalty_of(&self, factor: usize, panels: &[Panel], grams: Address, scale: f64, worker: usize) -> f64 {
+        let geometry = &self.binding.model.geometries[factor / 2];
+        let (rank, square) = (geometry.rank, geometry.rank * geometry.rank);
+        // SAFETY: rank times rank elements of both.
+        unsafe {
+            let gram = std::slice::from_raw_parts(self.gram_at(factor, grams).cast_const(), square);
+            let coefficients = self.scratch::<f64>(worker, rank).coefficients;
+            let norm = penalty(gram, rank, scale, std::slice::from_raw_parts_mut(coefficients, square));
+            for panel in panels {
+                match geometry.compute_dtype() {
+                    Dtype::Float64 => self.add_penalty::<f64>(panel, rank, &self.scratch(worker, rank)),
+                    _ => self.add_penalty::<f32>(panel, rank, &self.scratch(worker, rank)),
+                }
+            }
+            norm
+        }
+    }
+
+    /// Adds what the coefficients in the scratch make of P to the gradients of a panel.
     ///
     /// # Safety
     /// The panel was checked; its gradients and the scratch are this task's.
-    unsafe fn add_penalty<T: Real>(&self, panel: &Panel, rank: usize, c: *const f64, worker: usize) {
-        let (p, out, rounded) = self.scratch::<T>(worker, rank);
-        // SAFETY: rank times rank coefficients; rank rows of n columns.
+    unsafe fn add_penalty<T: Real>(&self, panel: &Panel, rank: usize, scratch: &Scratch<T>) {
+        let (isa, c) = (self.host.isa, scratch.product);
+        // SAFETY: rank times rank coefficients; the panel's elements.
         unsafe {
-            (0..rank * rank).for_each(|i| *rounded.data.add(i) = T::from_f64(*c.add(i)));
-            let c = Coefficients { data: rounded.data.cast_const(), row: rank, column: 1 };
+            (0..rank * rank).for_each(|i| *c.data.add(i) = T::from_f64(*scratch.coefficients.add(i)));
             for begin in (0..panel.columns).step_by(PANEL) {
                 let n = PANEL.min(panel.columns - begin);
-                self.gather(panel, rank, begin, n, p);
-                out.data.write_bytes(0, rank * PANEL);
-                accumulate(self.host.isa, Order::ByRow, (rank, rank, n), c, p, out);
-                self.add_to_gradients(panel, rank, begin, n, out);
-            }
-        }
-    }
-
-    /// Copies some columns of P, that is of A or of B transposed.
-    ///
-    /// # Safety
-    /// As [`CpuAllocator::add_gram`].
-    unsafe fn gather<T: Real>(&self, panel: &Panel, rank: usize, begin: usize, n: usize, to: Rows<T>) {
-        let mut wide = [T::default(); PANEL];
-        // SAFETY: the panel's elements, and as many rows and columns as the scratch has.
-        unsafe {
-            if panel.factor == Factor::A {
-                for (row, (slice, first)) in panel.rows.iter().enumerate() {
-                    let (p, dtype) = self.binding.slices[*slice].p;
-                    load(dtype, p.offset((first + begin) * dtype.size()), n, to.from(row).data);
+                let p = self.rows_of(panel, rank, (begin, n), |s| s.p, scratch.p);
+                let g = self.rows_of(panel, rank, (begin, n), |s| s.g, scratch.g);
+                if panel.factor == Factor::A {
+                    let c = Coefficients { data: c.data.cast_const(), row: rank, column: 1 };
+                    accumulate(isa, Order::ByColumn, (rank, rank, n), c, p, g);
+                } else {
+                    // Symmetric, so that it may stand on either side.
+                    let along = Coefficients { data: p.data.cast_const(), row: p.stride, column: 1 };
+                    accumulate(isa, Order::ByRow, (n, rank, rank), along, c, g);
                 }
-                return;
-            }
-            let (slice, first) = panel.rows[0];
-            let (p, dtype) = self.binding.slices[slice].p;
-            for column in 0..n {
-                for piece in (0..rank).step_by(PANEL) {
-                    let count = PANEL.min(rank - piece);
-                    let from = p.offset((first + (begin + column) * rank + piece) * dtype.size());
-                    load(dtype, from, count, wide.as_mut_ptr());
-                    for (k, value) in wide[..count].iter().enumerate() {
-                        *to.from(piece + k).data.add(column) = *value;
-                    }
+                if g.data == scratch.g {
+                    self.put_gradient(panel, rank, (begin, n), g);
                 }
             }
         }
     }
 
-    /// Adds some columns to the gradient of P.
+    /// Some columns of P or of its gradient as they lie, rank rows of A or n rows of B: in place where they are of the
+    /// compute type and A's rows equally far apart, else converted into the buffer.
     ///
     /// # Safety
-    /// As [`CpuAllocator::add_penalty`].
-    unsafe fn add_to_gradients<T: Real>(&self, panel: &Panel, rank: usize, begin: usize, n: usize, from: Rows<T>) {
-        let mut wide = [T::default(); PANEL];
-        let mut add = |g: (Address, Dtype), element: usize, count: usize, value: &dyn Fn(usize) -> *const T| {
-            let at = g.0.offset(element * g.1.size());
-            // SAFETY: `count` elements of the gradient, and as many values.
-            unsafe {
-                load(g.1, at, count, wide.as_mut_ptr());
-                (0..count).for_each(|i| wide[i] += *value(i));
-                store(g.1, wide.as_ptr(), count, at);
-            }
-        };
-        if panel.factor == Factor::A {
-            for (row, (slice, first)) in panel.rows.iter().enumerate() {
-                let values = from.from(row).data.cast_const();
-                add(self.binding.slices[*slice].g, first + begin, n, &|i| values.wrapping_add(i));
-            }
-            return;
-        }
+    /// The panel was checked; the buffer has room for rank times n elements.
+    unsafe fn rows_of<T: Real>(
+        &self,
+        panel: &Panel,
+        rank: usize,
+        (begin, n): (usize, usize),
+        array: impl Fn(&Slice) -> (Address, Dtype),
+        buffer: *mut T,
+    ) -> Rows<T> {
         let (slice, first) = panel.rows[0];
-        for column in 0..n {
-            for piece in (0..rank).step_by(PANEL) {
-                let count = PANEL.min(rank - piece);
-                let element = first + (begin + column) * rank + piece;
-                let value = |i: usize| from.from(piece + i).data.cast_const().wrapping_add(column);
-                add(self.binding.slices[slice].g, element, count, &value);
+        let (base, dtype) = array(&self.binding.slices[slice]);
+        if panel.factor == Factor::B {
+            let at = base.offset((first + begin * rank) * dtype.size());
+            if is_own::<T>(dtype) {
+                return Rows::new(pointer(at), rank);
+            }
+            // SAFETY: whole rows lie without gaps.
+            unsafe { load(dtype, at, n * rank, buffer) };
+            return Rows::new(buffer, rank);
+        }
+        let apart = panel.rows.get(1).map_or(panel.columns, |row| row.1.saturating_sub(first));
+        let regular = panel.rows.iter().enumerate().all(|(i, row)| *row == (slice, first + i * apart));
+        if regular && is_own::<T>(dtype) {
+            return Rows::new(pointer(base.offset((first + begin) * dtype.size())), apart);
+        }
+        for (row, (slice, first)) in panel.rows.iter().enumerate() {
+            let (base, dtype) = array(&self.binding.slices[*slice]);
+            // SAFETY: n elements of the row.
+            unsafe { load(dtype, base.offset((first + begin) * dtype.size()), n, buffer.wrapping_add(row * n)) };
+        }
+        Rows::new(buffer, n)
+    }
+
+    /// Puts a converted panel of the gradient back.
+    ///
+    /// # Safety
+    /// As [`CpuAllocator::rows_of`], which gave `rows`.
+    unsafe fn put_gradient<T: Real>(&self, panel: &Panel, rank: usize, (begin, n): (usize, usize), rows: Rows<T>) {
+        // SAFETY: the panel's elements.
+        unsafe {
+            if panel.factor == Factor::B {
+                let (slice, first) = panel.rows[0];
+                let (g, dtype) = self.binding.slices[slice].g;
+                return store(dtype, rows.data, n * rank, g.offset((first + begin * rank) * dtype.size()));
+            }
+            for (row, (slice, first)) in panel.rows.iter().enumerate() {
+                let (g, dtype) = self.binding.slices[*slice].g;
+                store(dtype, rows.from(row).data, n, g.offset((first + begin) * dtype.size()));
             }
         }
-    }
-}
-
-impl FactorPanels {
-    /// Where the factor's matrix begins in the Gram buffer, in elements.
-    fn gram_offset(&self, model: &Model) -> usize {
-        let rank = model.geometries[self.adapter].rank;
-        model.gram_offsets[self.adapter] + if self.factor == Factor::A { 0 } else { rank * rank }
     }
 }
 
@@ -486,44 +532,25 @@ impl BoundAllocator for CpuAllocator {
         value: Option<Address>,
         _: Stream,
     ) -> Result<()> {
-        let model = &self.binding.model;
-        let from = gram.unwrap_or_else(|| self.at(self.layout.gram));
-        if gram.is_none() {
-            self.write_gram(from)?;
-        }
+        let adapters = self.binding.model.geometries.len();
+        let grams = gram.unwrap_or_else(|| self.at(self.layout.gram));
+        let norms = self.at(self.layout.norms);
         // SAFETY: a checked address of one f64.
         let factor = factor.map_or(1.0, |f| unsafe { *pointer::<f64>(f) });
-        let share = weight / (2 * model.geometries.len()) as f64;
-        let coefficients = self.at(self.layout.coefficients);
-        let mut sum = 0.0;
-        for (adapter, geometry) in model.geometries.iter().enumerate() {
-            let square = geometry.rank * geometry.rank;
-            for offset in [model.gram_offsets[adapter], model.gram_offsets[adapter] + square] {
-                // SAFETY: rank times rank elements of both.
-                let (gram, gradient) = unsafe {
-                    (
-                        std::slice::from_raw_parts(pointer::<f64>(from).cast_const().add(offset), square),
-                        std::slice::from_raw_parts_mut(pointer::<f64>(coefficients).add(offset), square),
-                    )
-                };
-                sum += share * penalty(gram, geometry.rank, share * factor, gradient);
-            }
-        }
+        let share = weight / (2 * adapters) as f64;
         let panels = self.binding.panels()?;
         self.host.team.run(self.factors.len(), self.parallel, "gradients are", |i, worker| {
-            let part = &self.factors[i];
-            let geometry = &model.geometries[part.adapter];
-            let c = pointer::<f64>(coefficients).cast_const().wrapping_add(part.gram_offset(model));
-            for panel in &panels[part.panels.clone()] {
-                // SAFETY: each factor's gradients are one task's; the scratch is the worker's.
-                unsafe {
-                    match geometry.compute_dtype() {
-                        Dtype::Float64 => self.add_penalty::<f64>(panel, geometry.rank, c, worker),
-                        _ => self.add_penalty::<f32>(panel, geometry.rank, c, worker),
-                    }
+            let panels = &panels[self.factors[i].clone()];
+            // SAFETY: each factor's gradients, Gram matrix and norm are one task's; the scratch is the worker's.
+            unsafe {
+                if gram.is_none() {
+                    self.write_gram_of(i, panels, grams, worker);
                 }
+                *pointer::<f64>(norms).add(i) = self.add_penalty_of(i, panels, grams, share * factor, worker);
             }
         })?;
+        // SAFETY: a norm for each factor.
+        let sum = (0..2 * adapters).map(|i| share * unsafe { *pointer::<f64>(norms).add(i) }).sum::<f64>();
         if let Some(value) = value {
             // SAFETY: a checked address of one f64.
             unsafe { *pointer::<f64>(value) = sum };

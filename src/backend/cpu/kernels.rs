@@ -93,25 +93,44 @@ unsafe fn dot_with<V: Vector, const M: usize, const N: usize>(
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
-    let at = |i: usize, j: usize| Rows::new(out.from(i).data.wrapping_add(j), out.stride);
-    let (rows, columns) = (m - m % M, n - n % N);
     // SAFETY: within the rows that this function may use.
     unsafe {
-        for i in (0..rows).step_by(M) {
-            for j in (0..columns).step_by(N) {
-                dot_tile::<V, M, N>(length, x.from(i), p.from(j), at(i, j));
-            }
-            for j in columns..n {
-                dot_tile::<V, M, 1>(length, x.from(i), p.from(j), at(i, j));
+        for i in (0..m - m % M).step_by(M) {
+            dot_rows::<V, M, N>((n, length), x.from(i), p, out.from(i));
+        }
+        for i in m - m % M..m {
+            dot_rows::<V, 1, N>((n, length), x.from(i), p, out.from(i));
+        }
+    }
+}
+
+/// # Safety
+/// As [`dot`], for M rows of x.
+#[inline(always)]
+unsafe fn dot_rows<V: Vector, const M: usize, const N: usize>(
+    (n, length): (usize, usize),
+    x: Rows<V::Element>,
+    p: Rows<V::Element>,
+    out: Rows<V::Element>,
+) {
+    let whole = n - n % N;
+    // SAFETY: within the rows that this function may use.
+    unsafe {
+        for j in (0..whole).step_by(N) {
+            let to = Rows::new(out.data.add(j), out.stride);
+            // The first tile brings the rows that come next from memory, while it computes with these.
+            if j == 0 {
+                dot_tile::<V, M, N, true>(length, x, p, to);
+            } else {
+                dot_tile::<V, M, N, false>(length, x, p.from(j), to);
             }
         }
-        for i in rows..m {
-            for j in (0..columns).step_by(N) {
-                dot_tile::<V, 1, N>(length, x.from(i), p.from(j), at(i, j));
-            }
-            for j in columns..n {
-                dot_tile::<V, 1, 1>(length, x.from(i), p.from(j), at(i, j));
-            }
+        let (p, to) = (p.from(whole), Rows::new(out.data.add(whole), out.stride));
+        match n - whole {
+            0 => {}
+            1 => dot_tile::<V, M, 1, true>(length, x, p, to),
+            2 => dot_tile::<V, M, 2, true>(length, x, p, to),
+            _ => dot_tile::<V, M, 3, true>(length, x, p, to),
         }
     }
 }
@@ -119,38 +138,42 @@ unsafe fn dot_with<V: Vector, const M: usize, const N: usize>(
 /// # Safety
 /// As [`dot`], for M rows of x and N of p.
 #[inline(always)]
-unsafe fn dot_tile<V: Vector, const M: usize, const N: usize>(
+unsafe fn dot_tile<V: Vector, const M: usize, const N: usize, const PREFETCH: bool>(
     length: usize,
     x: Rows<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
-    let zero = V::splat(V::Element::default());
-    let mut sums = [[zero; N]; M];
-    let whole = length - length % V::LANES;
-    let mut k = 0;
-    while k < whole {
-        // SAFETY: k + LANES is at most `length`, in each of the rows.
-        unsafe {
+    let mut sums = [[V::splat(V::Element::default()); N]; M];
+    // SAFETY: `length` elements of each of the rows; sums of M rows and N columns.
+    unsafe {
+        let whole = length - length % V::LANES;
+        for k in (0..whole).step_by(V::LANES) {
             let factors: [V; N] = std::array::from_fn(|j| V::load(p.data.add(j * p.stride + k)));
             for (i, row) in sums.iter_mut().enumerate() {
+                if PREFETCH {
+                    V::prefetch(x.data.wrapping_add((M + i) * x.stride + k));
+                }
                 let value = V::load(x.data.add(i * x.stride + k));
                 for (sum, factor) in row.iter_mut().zip(factors) {
                     *sum = value.mul_add(factor, *sum);
                 }
             }
         }
-        k += V::LANES;
-    }
-    for (i, row) in sums.iter().enumerate() {
-        for (j, sum) in row.iter().enumerate() {
-            let mut total = sum.sum();
-            for k in whole..length {
-                // SAFETY: k is below `length`.
-                total += unsafe { *x.data.add(i * x.stride + k) * *p.data.add(j * p.stride + k) };
+        if whole < length {
+            let rest = length - whole;
+            let factors: [V; N] = std::array::from_fn(|j| V::load_part(p.data.add(j * p.stride + whole), rest));
+            for (i, row) in sums.iter_mut().enumerate() {
+                let value = V::load_part(x.data.add(i * x.stride + whole), rest);
+                for (sum, factor) in row.iter_mut().zip(factors) {
+                    *sum = value.mul_add(factor, *sum);
+                }
             }
-            // SAFETY: row i and column j of the output.
-            unsafe { *out.data.add(i * out.stride + j) = total };
+        }
+        for (i, row) in sums.iter().enumerate() {
+            for (j, sum) in row.iter().enumerate() {
+                *out.data.add(i * out.stride + j) = sum.sum();
+            }
         }
     }
 }
@@ -232,10 +255,13 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
             let out = Rows::new(out.from(i).data.wrapping_add(j), out.stride);
             // SAFETY: within the rows and columns that this function may use.
             unsafe {
-                if rows == M && columns == wide {
-                    accumulate_tile::<V, M, W>(depth, c, p, out);
-                } else {
-                    accumulate_edge::<V, M>((rows, depth, columns), c, p, out);
+                match order {
+                    Order::ByRow => accumulate_tiles::<V, M, W, true, false>((rows, depth, columns), c, p, out),
+                    // The first rows bring the columns that come next from memory.
+                    Order::ByColumn if b == 0 => {
+                        accumulate_tiles::<V, M, W, false, true>((rows, depth, columns), c, p, out);
+                    }
+                    Order::ByColumn => accumulate_tiles::<V, M, W, false, false>((rows, depth, columns), c, p, out),
                 }
             }
         }
@@ -243,49 +269,87 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
 }
 
 /// # Safety
-/// As [`accumulate`], for at most M rows.
+/// As [`accumulate`], for at most M rows and W vectors.
 #[inline(always)]
-unsafe fn accumulate_edge<V: Vector, const M: usize>(
+unsafe fn accumulate_tiles<V: Vector, const M: usize, const W: usize, const OUT: bool, const P: bool>(
     (rows, depth, columns): (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
-    let whole = columns - columns % V::LANES;
-    for j in (0..whole).step_by(V::LANES) {
-        let p = Rows::new(p.data.wrapping_add(j), p.stride);
-        let out = Rows::new(out.data.wrapping_add(j), out.stride);
-        // SAFETY: as this function asks.
-        unsafe {
-            if rows == M {
-                accumulate_tile::<V, M, 1>(depth, c, p, out);
-            } else {
-                for i in 0..rows {
-                    let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
-                    accumulate_tile::<V, 1, 1>(depth, c, p, out.from(i));
-                }
-            }
+    // SAFETY: as this function asks.
+    unsafe {
+        if rows == M && columns == W * V::LANES {
+            return accumulate_tile::<V, M, W, OUT, P, false>((depth, V::LANES), c, p, out);
+        }
+        let last = columns - (columns - 1) / V::LANES * V::LANES;
+        if rows == M {
+            return accumulate_part::<V, M>((depth, columns, last), c, p, out);
+        }
+        for i in 0..rows {
+            let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
+            accumulate_part::<V, 1>((depth, columns, last), c, p, out.from(i));
         }
     }
-    // SAFETY: as this function asks.
-    unsafe { accumulate_rest(rows, depth, whole..columns, c, p, out) };
 }
 
 /// # Safety
+/// As [`accumulate`], for M rows and one to four vectors, the last of which has `last` columns.
+#[inline(always)]
+unsafe fn accumulate_part<V: Vector, const M: usize>(
+    (depth, columns, last): (usize, usize, usize),
+    c: Coefficients<V::Element>,
+    p: Rows<V::Element>,
+    out: Rows<V::Element>,
+) {
+    // SAFETY: as this function asks.
+    unsafe {
+        match columns.div_ceil(V::LANES) {
+            1 => accumulate_tile::<V, M, 1, false, false, true>((depth, last), c, p, out),
+            2 => accumulate_tile::<V, M, 2, false, false, true>((depth, last), c, p, out),
+            3 => accumulate_tile::<V, M, 3, false, false, true>((depth, last), c, p, out),
+            _ => accumulate_tile::<V, M, 4, false, false, true>((depth, last), c, p, out),
+        }
+    }
+}
+
+/// `OUT` and `P` say whether the rows of the output, or the columns of p, that come next are asked for from memory,
+/// `PART` whether the last vector has `last` columns alone.
+///
+/// # Safety
 /// As [`accumulate`], for M rows and W vectors.
 #[inline(always)]
-unsafe fn accumulate_tile<V: Vector, const M: usize, const W: usize>(
-    depth: usize,
+unsafe fn accumulate_tile<
+    V: Vector,
+    const M: usize,
+    const W: usize,
+    const OUT: bool,
+    const P: bool,
+    const PART: bool,
+>(
+    (depth, last): (usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
     // SAFETY: M rows of W vectors of the output, and of p for each k.
     unsafe {
-        let at = |i: usize, v: usize| out.data.add(i * out.stride + v * V::LANES);
-        let mut sums: [[V; W]; M] = std::array::from_fn(|i| std::array::from_fn(|v| V::load(at(i, v))));
+        let load = |row: *const V::Element, v: usize| {
+            let at = row.add(v * V::LANES);
+            if PART && v == W - 1 { V::load_part(at, last) } else { V::load(at) }
+        };
+        let mut sums: [[V; W]; M] =
+            std::array::from_fn(|i| std::array::from_fn(|v| load(out.data.add(i * out.stride), v)));
+        if OUT {
+            for i in 0..M {
+                (0..W).for_each(|v| V::prefetch(out.data.wrapping_add((M + i) * out.stride + v * V::LANES)));
+            }
+        }
         for k in 0..depth {
-            let values: [V; W] = std::array::from_fn(|v| V::load(p.data.add(k * p.stride + v * V::LANES)));
+            let values: [V; W] = std::array::from_fn(|v| load(p.data.add(k * p.stride), v));
+            if P {
+                (0..W).for_each(|v| V::prefetch(p.data.wrapping_add(k * p.stride + (W + v) * V::LANES)));
+            }
             for (i, row) in sums.iter_mut().enumerate() {
                 let factor = V::splat(*c.data.add(i * c.row + k * c.column));
                 for (sum, value) in row.iter_mut().zip(values) {
@@ -295,33 +359,8 @@ unsafe fn accumulate_tile<V: Vector, const M: usize, const W: usize>(
         }
         for (i, row) in sums.into_iter().enumerate() {
             for (v, sum) in row.into_iter().enumerate() {
-                sum.store(at(i, v));
-            }
-        }
-    }
-}
-
-/// # Safety
-/// As [`accumulate`], for the columns of a range.
-#[inline(always)]
-unsafe fn accumulate_rest<T: Real>(
-    m: usize,
-    depth: usize,
-    columns: std::ops::Range<usize>,
-    c: Coefficients<T>,
-    p: Rows<T>,
-    out: Rows<T>,
-) {
-    for i in 0..m {
-        for j in columns.clone() {
-            // SAFETY: row i and column j of the output, and of p for each k.
-            unsafe {
-                let slot = out.data.add(i * out.stride + j);
-                let mut sum = *slot;
-                for k in 0..depth {
-                    sum += *c.data.add(i * c.row + k * c.column) * *p.data.add(k * p.stride + j);
-                }
-                *slot = sum;
+                let to = out.data.add(i * out.stride + v * V::LANES);
+                if PART && v == W - 1 { sum.store_part(to, last) } else { sum.store(to) }
             }
         }
     }

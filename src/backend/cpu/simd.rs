@@ -107,6 +107,18 @@ pub(super) trait Vector: Copy {
     /// # Safety
     /// `LANES` elements can be written there.
     unsafe fn store(self, to: *mut Self::Element);
+    /// The first `n` lanes; the others are zero.
+    ///
+    /// # Safety
+    /// `n` elements, 1 to `LANES`, can be read there.
+    unsafe fn load_part(from: *const Self::Element, n: usize) -> Self;
+    /// Stores the first `n` lanes.
+    ///
+    /// # Safety
+    /// `n` elements, 1 to `LANES`, can be written there.
+    unsafe fn store_part(self, to: *mut Self::Element, n: usize);
+    /// Asks for the cache line at an address, which need not be one that can be read.
+    fn prefetch(at: *const Self::Element);
     /// `self * factor + addend`.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// The sum of the lanes, always in the same order.
@@ -139,6 +151,23 @@ impl<T: Real, const N: usize> Vector for Lanes<T, N> {
     }
 
     #[inline(always)]
+    unsafe fn load_part(from: *const T, n: usize) -> Self {
+        let mut lanes = [T::default(); N];
+        // SAFETY: as this function asks.
+        unsafe { from.copy_to_nonoverlapping(lanes.as_mut_ptr(), n) };
+        Self(lanes)
+    }
+
+    #[inline(always)]
+    unsafe fn store_part(self, to: *mut T, n: usize) {
+        // SAFETY: as this function asks.
+        unsafe { self.0.as_ptr().copy_to_nonoverlapping(to, n) };
+    }
+
+    #[inline(always)]
+    fn prefetch(_: *const T) {}
+
+    #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
         // Two roundings: a fused operation would be a function call where the processor has none.
         Self(std::array::from_fn(|i| self.0[i] * factor.0[i] + addend.0[i]))
@@ -166,7 +195,7 @@ mod x86 {
     /// Implements a vector by intrinsics; `$sum` adds its lanes.
     macro_rules! vector {
         ($name:ident($register:ty) of $lanes:literal $element:ty:
-            $splat:ident, $load:ident, $store:ident, $mul_add:ident, $sum:expr) => {
+            $splat:ident, $load:ident, $store:ident, $load_part:ident, $store_part:ident, $mul_add:ident, $sum:ident) => {
             #[derive(Clone, Copy)]
             pub struct $name($register);
 
@@ -195,6 +224,24 @@ mod x86 {
                 }
 
                 #[inline(always)]
+                unsafe fn load_part(from: *const $element, n: usize) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $load_part(from, n) })
+                }
+
+                #[inline(always)]
+                unsafe fn store_part(self, to: *mut $element, n: usize) {
+                    // SAFETY: see above.
+                    unsafe { $store_part(to, n, self.0) }
+                }
+
+                #[inline(always)]
+                fn prefetch(at: *const $element) {
+                    // SAFETY: a prefetch of any address is allowed.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+                }
+
+                #[inline(always)]
                 fn mul_add(self, factor: Self, addend: Self) -> Self {
                     // SAFETY: see above.
                     Self(unsafe { $mul_add(self.0, factor.0, addend.0) })
@@ -202,33 +249,86 @@ mod x86 {
 
                 #[inline(always)]
                 fn sum(self) -> $element {
-                    let sum: unsafe fn($register) -> $element = $sum;
                     // SAFETY: see above.
-                    unsafe { sum(self.0) }
+                    unsafe { $sum(self.0) }
                 }
             }
         };
     }
 
-    vector!(F32x8(__m256) of 8 f32:
-        _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps, sum_f32);
-    vector!(F64x4(__m256d) of 4 f64:
-        _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_fmadd_pd, sum_f64);
-    vector!(F32x16(__m512) of 16 f32:
-    _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps, |v| {
-        // SAFETY: see above.
-        unsafe { sum_f32(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))) }
-    });
-    vector!(F64x8(__m512d) of 8 f64:
-    _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_fmadd_pd, |v| {
-        // SAFETY: see above.
-        unsafe { sum_f64(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1))) }
-    });
+    vector!(F32x8(__m256) of 8 f32: _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, load_f32x8, store_f32x8,
+        _mm256_fmadd_ps, sum_f32x8);
+    vector!(F64x4(__m256d) of 4 f64: _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, load_f64x4, store_f64x4,
+        _mm256_fmadd_pd, sum_f64x4);
+    vector!(F32x16(__m512) of 16 f32: _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, load_f32x16, store_f32x16,
+        _mm512_fmadd_ps, sum_f32x16);
+    vector!(F64x8(__m512d) of 8 f64: _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, load_f64x8, store_f64x8,
+        _mm512_fmadd_pd, sum_f64x8);
+
+    /// Implements loading and storing of the first n lanes.
+    macro_rules! part {
+        ($load:ident, $store:ident of $element:ty as $register:ty: $load_with:ident, $store_with:ident, $mask:ident) => {
+            /// # Safety
+            /// The processor has the instruction set; n elements, at most as many as lanes, can be read.
+            #[inline(always)]
+            unsafe fn $load(from: *const $element, n: usize) -> $register {
+                // SAFETY: as this function asks.
+                unsafe { part!(@load $load_with, from, $mask(n)) }
+            }
+
+            /// # Safety
+            /// The processor has the instruction set; n elements, at most as many as lanes, can be written.
+            #[inline(always)]
+            unsafe fn $store(to: *mut $element, n: usize, v: $register) {
+                // SAFETY: as this function asks.
+                unsafe { $store_with(to, $mask(n), v) }
+            }
+        };
+        // AVX-512's masked loads take the mask first.
+        (@load _mm512_maskz_loadu_ps, $from:ident, $mask:expr) => { _mm512_maskz_loadu_ps($mask, $from) };
+        (@load _mm512_maskz_loadu_pd, $from:ident, $mask:expr) => { _mm512_maskz_loadu_pd($mask, $from) };
+        (@load $load_with:ident, $from:ident, $mask:expr) => { $load_with($from, $mask) };
+    }
+
+    part!(load_f32x8, store_f32x8 of f32 as __m256: _mm256_maskload_ps, _mm256_maskstore_ps, first_of_8);
+    part!(load_f64x4, store_f64x4 of f64 as __m256d: _mm256_maskload_pd, _mm256_maskstore_pd, first_of_4);
+    part!(load_f32x16, store_f32x16 of f32 as __m512: _mm512_maskz_loadu_ps, _mm512_mask_storeu_ps, first_of_16_bits);
+    part!(load_f64x8, store_f64x8 of f64 as __m512d: _mm512_maskz_loadu_pd, _mm512_mask_storeu_pd, first_of_8_bits);
+
+    fn first_of_16_bits(n: usize) -> __mmask16 {
+        (0xffff_u32 >> (16 - n)) as __mmask16
+    }
+
+    fn first_of_8_bits(n: usize) -> __mmask8 {
+        (0xff_u32 >> (8 - n)) as __mmask8
+    }
+
+    /// A mask of the first n of eight lanes.
+    ///
+    /// # Safety
+    /// The processor has AVX2, and n is at most 8.
+    #[inline(always)]
+    unsafe fn first_of_8(n: usize) -> __m256i {
+        const LANES: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+        // SAFETY: eight elements from 8 - n on.
+        unsafe { _mm256_loadu_si256(LANES.as_ptr().add(8 - n).cast()) }
+    }
+
+    /// A mask of the first n of four lanes.
+    ///
+    /// # Safety
+    /// The processor has AVX2, and n is at most 4.
+    #[inline(always)]
+    unsafe fn first_of_4(n: usize) -> __m256i {
+        const LANES: [i64; 8] = [-1, -1, -1, -1, 0, 0, 0, 0];
+        // SAFETY: four elements from 4 - n on.
+        unsafe { _mm256_loadu_si256(LANES.as_ptr().add(4 - n).cast()) }
+    }
 
     /// # Safety
     /// The processor has AVX2.
     #[inline(always)]
-    unsafe fn sum_f32(v: __m256) -> f32 {
+    unsafe fn sum_f32x8(v: __m256) -> f32 {
         // SAFETY: as this function asks.
         unsafe {
             let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -240,11 +340,27 @@ mod x86 {
     /// # Safety
     /// The processor has AVX2.
     #[inline(always)]
-    unsafe fn sum_f64(v: __m256d) -> f64 {
+    unsafe fn sum_f64x4(v: __m256d) -> f64 {
         // SAFETY: as this function asks.
         unsafe {
             let two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
             _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
         }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 DQ.
+    #[inline(always)]
+    unsafe fn sum_f32x16(v: __m512) -> f32 {
+        // SAFETY: as this function asks.
+        unsafe { sum_f32x8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))) }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 F.
+    #[inline(always)]
+    unsafe fn sum_f64x8(v: __m512d) -> f64 {
+        // SAFETY: as this function asks.
+        unsafe { sum_f64x4(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1))) }
     }
 }
