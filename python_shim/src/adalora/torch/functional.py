@@ -164,7 +164,7 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     plan = _Plan(adapters, tuple(part.scaling for part in parts), tuple(part.in_place for part in parts))
     if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors)):
         return list(_SVDLinear.apply(plan, seeds, x, [part.weight for part in parts], *tensors))
-    return _forward(plan, seeds, x, tensors, None)
+    return _forward(plan, seeds, _rows(x), tensors, None)
 
 
 def _check(part: Part, name: str, x: Tensor, dtype: torch.dtype) -> None:
@@ -213,23 +213,22 @@ class _SVDLinear(torch.autograd.Function):
         x, h, seeds, *others = ctx.saved_tensors
         plan, weights, params = ctx.plan, others[: len(dys)], others[len(dys) :]
         # An output that the loss does not depend on has no gradient to give on.
-        used = [k for k, dy in enumerate(dys) if dy is not None]
+        rows = {k: _rows(dy) for k, dy in enumerate(dys) if dy is not None}
         dx = None
-        if ctx.needs_input_grad[2] and used:
-            for k in used:
+        if ctx.needs_input_grad[2] and rows:
+            for k, dy in rows.items():
                 if weights[k] is not None:
-                    dy = _rows(dys[k])
                     dx = dy @ weights[k] if dx is None else dx.addmm_(dy, weights[k])
             if dx is None:
                 dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         grads: list[Tensor | None] = [None] * (4 * len(dys))
-        for k in used:
+        for k in rows:
             grads[4 * k] = dys[k]
             grads[4 * k + 1 : 4 * k + 4] = [
                 torch.empty_like(p, memory_format=torch.contiguous_format) for p in params[3 * k : 3 * k + 3]
             ]
-        if used:
-            _backward(plan, used, seeds, x, h, params, grads, dx)
+        if rows:
+            _backward(plan, seeds, x, h, params, rows, grads, dx)
         needed = ctx.needs_input_grad[4:]
         return (
             None,
@@ -241,7 +240,6 @@ class _SVDLinear(torch.autograd.Function):
 
 
 def _forward(plan: _Plan, seeds: Tensor | None, x: Tensor, tensors: Sequence[Tensor], h: Tensor | None) -> list[Tensor]:
-    x = _rows(x)
     tokens = x.shape[0]
     outputs = [
         y if in_place else y.clone(memory_format=torch.contiguous_format)
@@ -265,16 +263,16 @@ def _forward(plan: _Plan, seeds: Tensor | None, x: Tensor, tensors: Sequence[Ten
 
 def _backward(
     plan: _Plan,
-    used: list[int],
     seeds: Tensor | None,
     x: Tensor,
     h: Tensor,
     params: Sequence[Tensor],
+    dys: dict[int, Tensor],
     grads: list[Tensor | None],
     dx: Tensor | None,
 ) -> None:
     tokens = x.shape[0]
-    call = _call(tuple(plan.adapters[k] for k in used))
+    call = _call(tuple(plan.adapters[k] for k in dys))
     call.set_tokens(tokens)
     call.set_matrix(call.x, x)
     if dx is not None:
@@ -283,12 +281,10 @@ def _backward(
     for adapter in plan.adapters:
         ends.append(ends[-1] + tokens * adapter.init_r * h.element_size())
     kept = []
-    for at, k in enumerate(used):
+    for at, (k, dy) in enumerate(dys.items()):
         struct = call.structs[at]
         kept += call.set_params(at, params[3 * k : 3 * k + 3])
-        dy = _rows(grads[4 * k])
         call.set_matrix(call.dy[at], dy)
-        kept.append(dy)
         for matrix, grad in zip(call.grads[at], grads[4 * k + 1 : 4 * k + 4], strict=True):
             matrix.data = grad.data_ptr()
         struct.scaling = plan.scalings[k]
@@ -414,6 +410,8 @@ def _stream(device: torch.device) -> int | None:
 def _rows(tensor: Tensor) -> Tensor:
     """A tensor as rows of features, one element after the other in a row."""
     features = tensor.shape[-1]
+    if tensor.is_contiguous():
+        return tensor if tensor.dim() == 2 else tensor.view(tensor.shape[:-1].numel(), features)
     rows = tensor.reshape(tensor.shape[:-1].numel(), features)
     columns_apart = features > 1 and rows.stride(1) != 1
     rows_overlap = rows.shape[0] > 1 and rows.stride(0) < features
