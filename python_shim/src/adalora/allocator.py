@@ -27,7 +27,7 @@ from .arrays import (
     size_of,
 )
 from .context import Context
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, InvalidStateError
 
 _UNITS = {"triplets": c.ADALORA_BUDGET_TRIPLETS, "parameters": c.ADALORA_BUDGET_PARAMETERS}
 _MATRICES = {"A": c.ADALORA_MATRIX_A, "E": c.ADALORA_MATRIX_E, "B": c.ADALORA_MATRIX_B}
@@ -341,7 +341,47 @@ class Allocator(NativeObject):
             stream,
         )
         # The library keeps these addresses.
-        handle.bound = (state, workspace, tuple(slices), tuple(hypers))
+        handle.bound = (state, workspace, tuple(slices), tuple(hypers), structs, hyper_structs)
+
+    def rebind(self, grads: Sequence[int], hypers: Sequence[Hyper] | None = None, *, stream: int | None = None) -> None:
+        """Bind again with gradients in other places and all else as it was, which takes a fraction of `bind`'s time.
+
+        Args:
+            grads: where the gradients of each slice begin, as addresses: the same number of elements, of the same
+                types. The caller keeps them alive.
+            hypers: as in `bind`, as many as there; None: the same.
+            stream: CUDA stream.
+
+        """
+        handle = self.handle
+        if not handle.bound:
+            raise InvalidStateError("rebind: expected bind before, found nothing bound")
+        state, workspace, slices, bound_hypers, structs, hyper_structs = handle.bound
+        hypers = bound_hypers if hypers is None else tuple(hypers)
+        for name, found, expected in (("grads", grads, slices), ("hypers", hypers, bound_hypers)):
+            if len(found) != len(expected):
+                raise InvalidArgumentError(f"{name}: expected {len(expected)}, found {len(found)}")
+        if hypers is not bound_hypers:
+            hyper_structs = type(hyper_structs)(*(h.struct(f"hypers[{k}]") for k, h in enumerate(hypers)))
+        if slices:
+            words = np.frombuffer(structs, np.uintp).reshape(len(slices), -1)
+            words[:, c.adalora_slice_t.g.offset // words.itemsize] = grads
+        self.library.adalora_allocator_bind(
+            handle.pointer,
+            as_aligned(state, "state", 0),
+            as_aligned(workspace, "workspace", 0),
+            structs,
+            ctypes.sizeof(c.adalora_slice_t),
+            len(slices),
+            hyper_structs,
+            ctypes.sizeof(c.adalora_hyper_t),
+            len(hypers),
+            stream,
+        )
+        # The gradients that were bound first need not live any longer.
+        if slices and slices[0].g is not None:
+            slices = tuple(part._replace(g=None) for part in slices)
+        handle.bound = (state, workspace, slices, hypers, structs, hyper_structs)
 
     def bind_all(
         self,
