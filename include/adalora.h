@@ -753,6 +753,14 @@ adalora_status_t adalora_allocator_set_pattern(struct adalora_allocator_t *alloc
                                                int32_t is_final,
                                                void *stream);
 
+// Sets how many updates led to the bound moments, for moments that another optimiser made: AdamW's bias correction
+// goes on from there. Waits for the stream.
+//
+// @param adam_steps n_adapters values in host memory, 0 or more.
+adalora_status_t adalora_allocator_set_adam_steps_sync(struct adalora_allocator_t *allocator,
+                                                       const int64_t *adam_steps,
+                                                       void *stream);
+
 // Writes the allocator's state (pattern, clocks, counters) as bytes that any machine reads, into host memory. With the
 // tensors that the caller owns (parameters, moments, averages) a run resumed from them continues bit for bit. Waits
 // for the stream.

@@ -439,6 +439,12 @@ class Allocator {
     check(adalora_allocator_set_pattern(get(), pattern, is_final, stream));
   }
 
+  /// For moments that another optimiser made: how many updates led to each adapter's. One element for each adapter, on
+  /// the host.
+  void set_adam_steps_sync(const std::int64_t* adam_steps, void* stream = nullptr) {
+    check(adalora_allocator_set_adam_steps_sync(get(), adam_steps, stream));
+  }
+
   std::vector<std::byte> save_state_sync(void* stream = nullptr) const {
     std::size_t size = 0;
     check(adalora_allocator_save_state_sync(get(), nullptr, &size, stream));

@@ -164,6 +164,8 @@ const std::vector<Function>& functions() {
                    [](auto* h) { return adalora_allocator_read_sync(h, nullptr, nullptr, nullptr, nullptr, nullptr); }),
       of_allocator("adalora_allocator_set_pattern",
                    [](auto* h) { return adalora_allocator_set_pattern(h, &pattern, 0, nullptr); }),
+      of_allocator("adalora_allocator_set_adam_steps_sync",
+                   [](auto* h) { return adalora_allocator_set_adam_steps_sync(h, &step_number, nullptr); }),
       of_allocator("adalora_allocator_save_state_sync",
                    [](auto* h) { return adalora_allocator_save_state_sync(h, nullptr, &size, nullptr); }),
       of_allocator("adalora_allocator_load_state_sync",

@@ -302,6 +302,23 @@ TEST(AllocatorSetPattern, RefusesWhatMakesNoSense) {
   });
 }
 
+TEST(AllocatorSetAdamSteps, RefusesWhatMakesNoSense) {
+  static const int64_t steps[] = {0, 1, 2, 3, 4, 5, 6, 7};
+  static const int64_t below[] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const std::string name = "adalora_allocator_set_adam_steps_sync";
+  expect_all_refused({
+      {name,
+       {"no steps", invalid, {"adam_steps", "NULL"}},
+       [](Training& r) { return adalora_allocator_set_adam_steps_sync(r.allocator(), nullptr, nullptr); }},
+      {name,
+       {"misaligned", invalid, {"adam_steps"}},
+       [](Training& r) { return adalora_allocator_set_adam_steps_sync(r.allocator(), misaligned(steps), nullptr); }},
+      {name,
+       {"below 0", invalid, {"adam_steps[0]", "found -1", "0 or more"}},
+       [](Training& r) { return adalora_allocator_set_adam_steps_sync(r.allocator(), below, nullptr); }},
+  });
+}
+
 TEST(AllocatorReadSync, RefusesWhatMakesNoSense) {
   static int64_t numbers[7];
   static adalora_report_t report;

@@ -351,6 +351,31 @@ def test_patterns_can_be_set(context: adalora.Context, rng: np.random.Generator)
             model.allocator.set_pattern(wrong)
 
 
+def test_moments_of_another_optimiser(context: adalora.Context, rng: np.random.Generator) -> None:
+    model = Model.make(context)
+    model.allocator.set_adam_steps([9, 0, 3, 1000])
+    assert model.allocator.read().adam_steps == [9, 0, 3, 1000]
+    model.fill_gradients(rng)
+    training, (b1, b2) = model.training, HYPER["betas"]
+    for m, v in zip(training.m, training.v, strict=True):
+        for first, second in zip(m, v, strict=True):
+            first[...], second[...] = rng.normal(size=first.shape), rng.random(size=second.shape)
+    expected = []
+    for k, t in ((0, 10), (2, 4), (3, 1001)):
+        for p, g, m, v in zip(model.params[k], training.grads[k], training.m[k], training.v[k], strict=True):
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            m, v = m / (1 - b1**t), v / (1 - b2**t)
+            moved = HYPER["lr"] * m / (np.sqrt(v) + HYPER["eps"])
+            expected.append((p, p * (1 - HYPER["lr"] * HYPER["weight_decay"]) - moved))
+    model.allocator.update(1)
+    for found, wanted in expected:
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    assert model.allocator.read().adam_steps == [10, 1, 4, 1001]
+    for wrong, message in (([1, 2], "expected shape"), ([1, 2, 3, -1], r"adam_steps\[3\].*-1.*0 or more")):
+        with pytest.raises(adalora.InvalidArgumentError, match=message):
+            model.allocator.set_adam_steps(wrong)
+
+
 def test_a_resumed_run_continues_bit_for_bit(context: adalora.Context) -> None:
     def gradients(model: Model, step: int) -> None:
         model.fill_gradients(np.random.default_rng(step))

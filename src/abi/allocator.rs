@@ -393,6 +393,24 @@ pub unsafe extern "C" fn adalora_allocator_set_pattern(
     })
 }
 
+/// Sets how many updates led to the bound moments, for moments that another optimiser made: AdamW's bias correction
+/// goes on from there. Waits for the stream.
+///
+/// @param adam_steps n_adapters values in host memory, 0 or more.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn adalora_allocator_set_adam_steps_sync(
+    allocator: Option<NonNull<Allocator>>,
+    adam_steps: *const i64,
+    stream: *mut c_void,
+) -> Status {
+    guard("adalora_allocator_set_adam_steps_sync", || {
+        let allocator = shared(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
+        // SAFETY: the caller passes as many readable values, as the documentation asks.
+        let adam_steps = unsafe { read::values(adam_steps, allocator.n_adapters(), "adam_steps") }?;
+        allocator.set_adam_steps_sync(adam_steps, stream.into())
+    })
+}
+
 /// Writes the allocator's state (pattern, clocks, counters) as bytes that any machine reads, into host memory. With the
 /// tensors that the caller owns (parameters, moments, averages) a run resumed from them continues bit for bit. Waits
 /// for the stream.

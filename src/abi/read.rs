@@ -234,6 +234,16 @@ pub(super) unsafe fn bytes<'a>(data: *const c_void, size: usize, name: &str) -> 
     Ok(unsafe { std::slice::from_raw_parts(data.cast(), size) })
 }
 
+/// Values on the host.
+///
+/// # Safety
+/// `data` is the beginning of `n` readable values, or null, or not aligned.
+pub(super) unsafe fn values<'a>(data: *const i64, n: usize, name: &str) -> Result<&'a [i64]> {
+    one(data, name)?;
+    // SAFETY: readable, as this function asks, and aligned; any bytes are valid.
+    Ok(unsafe { std::slice::from_raw_parts(data, n) })
+}
+
 /// Writes values to the host's memory, where they are wanted.
 ///
 /// # Safety

@@ -147,6 +147,7 @@ enum Kind {
     Digest,
     ReadSync,
     SetPattern,
+    SetAdamSteps,
     Save,
     Load,
 }
@@ -175,7 +176,7 @@ fn op() -> impl Strategy<Value = Op> {
         vec![Update; 4],
         vec![Select; 4],
         vec![Step; 8],
-        vec![Finalize, Reset, SetPattern, SetPattern, Save, Load, Load],
+        vec![Finalize, Reset, SetPattern, SetPattern, SetAdamSteps, Save, Load, Load],
     ]
     .concat();
     let spoil = proptest::option::weighted(0.4, any::<u64>());
@@ -351,6 +352,7 @@ impl World {
             Kind::Digest => self.digest(c, w),
             Kind::ReadSync => self.read_sync(c, w),
             Kind::SetPattern => self.set_pattern(c, w),
+            Kind::SetAdamSteps => self.set_adam_steps(c, w),
             Kind::Save => self.save(c, w),
             Kind::Load => self.load(c, w),
         }

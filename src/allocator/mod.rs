@@ -546,6 +546,22 @@ impl Allocator {
         Ok(Snapshot { pattern, ranks, adam_steps: state.clocks, counters })
     }
 
+    /// How many adapters there are.
+    pub fn n_adapters(&self) -> usize {
+        self.model.geometries.len()
+    }
+
+    /// Sets the number of updates that led to each adapter's moments.
+    pub fn set_adam_steps_sync(&self, adam_steps: &[i64], stream: Stream) -> Result<()> {
+        if let Some((i, steps)) = adam_steps.iter().enumerate().find(|(_, steps)| **steps < 0) {
+            return Err(Error::argument(format_args!("adam_steps[{i}]"), steps, "0 or more"));
+        }
+        let mut bound = self.writing()?;
+        let mut state = bound.read_sync(stream)?;
+        state.clocks.copy_from_slice(adam_steps);
+        bound.write_sync(&state, stream)
+    }
+
     /// The state as bytes.
     pub fn save_state_sync(&self, stream: Stream) -> Result<Vec<u8>> {
         checkpoint::encode(&self.model, &self.reading()?.read_sync(stream)?)

@@ -977,6 +977,20 @@ not 0 where the triplet is kept.
 may choose anew, unless it was final already.
 """,
     ),
+    "adalora_allocator_set_adam_steps_sync": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("allocator", POINTER(adalora_allocator_t)),
+            ("adam_steps", c_void_p),
+            ("stream", c_void_p),
+        ),
+        doc="""Sets how many updates led to the bound moments, for moments that another optimiser made: AdamW's bias
+correction goes on from there. Waits for the stream.
+
+@param adam_steps n_adapters values in host memory, 0 or more.
+""",
+    ),
     "adalora_allocator_save_state_sync": Function(
         restype=adalora_status_t,
         is_status=True,

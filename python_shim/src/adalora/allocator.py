@@ -639,6 +639,18 @@ class Allocator(NativeObject):
             handle.pointer, as_flags(pattern, "pattern", size=self.total_rank), final, stream
         )
 
+    def set_adam_steps(self, adam_steps: Sequence[int], *, stream: int | None = None) -> None:
+        """Set how many updates led to the bound moments of each adapter, where another optimiser made them.
+
+        Args:
+            adam_steps: one number for each adapter, 0 or more.
+            stream: CUDA stream.
+
+        """
+        handle, steps = self.handle, np.asarray(adam_steps, np.int64)
+        address = as_values(steps, "adam_steps", dtype=np.int64, size=self.n_adapters)
+        self.library.adalora_allocator_set_adam_steps_sync(handle.pointer, address, stream)
+
     def save_state(self, *, stream: int | None = None) -> bytes:
         """Pattern, clocks and counters as bytes. With `Training.named_arrays`, a resumed run goes on bit for bit."""
         handle, size = self.handle, ctypes.c_size_t()

@@ -1116,6 +1116,33 @@ impl World {
         Ok(())
     }
 
+    pub(super) fn set_adam_steps(&mut self, c: &mut Choices, mut w: Option<&mut Choices>) -> Outcome {
+        let mut expect = Expect::default();
+        let (i, handle, spoilt) = self.target(&mut expect, c, w.as_deref_mut())?;
+        let n = self.allocators[i].geos.len();
+        let mut steps: Vec<i64> = (0..n).map(|_| c.pick(&[0, 1, 7, 100_000])).collect();
+        let wrong = w.filter(|_| !spoilt).map(|w| w.below(3));
+        if wrong == Some(2) {
+            (steps[n - 1], ()) = (-1, expect.argument("adam_steps"));
+        }
+        let place = self.memory.place(8 * n, 8, c);
+        steps.iter().enumerate().for_each(|(k, s)| self.memory.write(place.offset(8 * k), &s.to_le_bytes()));
+        let mut from = self.memory.pointer::<i64>(place).cast_const();
+        match wrong {
+            Some(0) => (from, ()) = (std::ptr::null(), expect.argument("adam_steps")),
+            Some(1) => (from, ()) = (from.wrapping_byte_add(1), expect.argument("adam_steps")),
+            _ => {}
+        }
+        let writes = self.allocators[i].own_writes();
+        if call!(self, expect, writes, adalora_allocator_set_adam_steps_sync(handle, from, std::ptr::null_mut()))? {
+            self.allocators[i].seen.iter_mut().for_each(|seen| seen.adam_steps.clone_from(&steps));
+            self.inspect(i, c)?;
+            let seen = self.allocators[i].seen.as_ref().ok_or("nothing seen")?;
+            ensure!(seen.adam_steps == steps, "after set_adam_steps: {seen:?}, expected {steps:?}");
+        }
+        Ok(())
+    }
+
     pub(super) fn save(&mut self, c: &mut Choices, mut w: Option<&mut Choices>) -> Outcome {
         let mut expect = Expect::default();
         let (i, handle, spoilt) = self.target(&mut expect, c, w.as_deref_mut())?;
