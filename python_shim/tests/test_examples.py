@@ -12,15 +12,34 @@ import adalora
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def test_readme_example(library: adalora.Library, tmp_path: Path) -> None:
+def run(name: str, library: adalora.Library, folder: Path) -> list[str]:
     environment = {"ADALORA_LIBRARY": library.path, "PYTHONPATH": str(Path(adalora.__file__).parents[1])}
-    command = [sys.executable, EXAMPLES / "readme_example.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name], capture_output=True, text=True, cwd=folder, env=environment, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_readme_example(library: adalora.Library, tmp_path: Path) -> None:
     lines = [
         re.fullmatch(r"step +(\d+)  loss ([\d.]+)  budget +(\d+)  ranks by layer \[(\d), (\d)\]", line)
-        for line in done.stdout.splitlines()
+        for line in run("readme_example.py", library, tmp_path)
     ]
     first, last = lines[0].groups(), lines[-1].groups()
     assert float(last[1]) < 0.02 * float(first[1])
     # All that is left is where the change was.
     assert (first[2:], last[2:]) == (("12", "6", "6"), ("4", "0", "4"))
+
+
+def test_torch_example(library: adalora.Library, tmp_path: Path) -> None:
+    lines = [
+        re.fullmatch(r"step +(\d+)  loss ([\d.]+)  budget +(\d+)  \{'0': (\d), '2': (\d)\}", line)
+        for line in run("torch_example.py", library, tmp_path)
+    ]
+    first, last = lines[0].groups(), lines[-1].groups()
+    assert float(last[1]) < 0.03 * float(first[1])
+    assert (first[2:], last[2:]) == (("12", "6", "6"), ("4", "0", "4"))
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
