@@ -11,6 +11,8 @@
 ...     optimizer.zero_grad()
 """
 
+from .allocator import RankAllocator
+from .checkpoint import load_adapter, load_training_state, save_adapter, save_training_state
 from .config import AdaLoraConfig
 from .functional import Part, svd_linear
 from .layers import SharedInput, SVDLinear
@@ -27,19 +29,26 @@ from .model import (
     unload,
     unmerge,
 )
+from .optim import AdamW
 
 __all__ = [
     "AdaLoraConfig",
+    "AdamW",
     "Part",
+    "RankAllocator",
     "SVDLinear",
     "SharedInput",
     "adapt",
     "delete_adapter",
     "disable_adapters",
     "get_config",
+    "load_adapter",
+    "load_training_state",
     "merge",
     "merge_and_unload",
     "named_adapters",
+    "save_adapter",
+    "save_training_state",
     "set_adapter",
     "share_input",
     "svd_linear",
