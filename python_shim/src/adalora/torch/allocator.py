@@ -1,0 +1,464 @@
+"""The rank allocator over the adapters of a model: beside any optimiser, or in one pass with `AdamW`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
+
+from ..allocator import Allocator, Budget, Hyper, Slice, Standing, StepValues
+from ..errors import InvalidArgumentError, InvalidStateError
+from .functional import _stream, context, native_adapter
+from .layers import SVDLinear
+from .model import get_config, named_adapters
+
+_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+
+
+class RankAllocator:
+    """Spreads a falling budget of ranks over a model's adapters by the importance of their triplets (PEFT's class).
+
+    >>> allocator = RankAllocator(model)
+    >>> for step, batch in enumerate(batches):
+    ...     model(**batch).loss.backward()
+    ...     allocator.orthogonality()
+    ...     optimizer.step()
+    ...     allocator.update_and_allocate(step)
+    ...     optimizer.zero_grad()
+
+    With `adalora.torch.AdamW` as the optimiser, its step does what `update_and_allocate` does, in the same pass.
+
+    Parameters and gradients are looked up anew by every call, so both may be replaced in between. An adapter none of
+    whose parameters has a gradient takes no part in a step: its sensitivity is zero, the penalty gives it no gradient,
+    and `AdamW` leaves it alone. Where some of the three have one, the others' count as zero.
+
+    Args:
+        model: what `adapt` returned.
+        adapter_name: whose configuration and parameters.
+        budget_unit: what the budget counts: "triplets", as in PEFT, or "parameters".
+
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str = "default", *, budget_unit: str = "triplets") -> None:
+        self.config = get_config(model, adapter_name)
+        self.adapter_name = adapter_name
+        self.budget_unit = budget_unit
+        self.layers: dict[str, SVDLinear] = named_adapters(model, adapter_name)
+        """The adapted layers by path, in the model's order."""
+        if not self.layers:
+            raise InvalidArgumentError(f"model: expected layers with the adapter {adapter_name!r}, found none")
+        if self.config.total_step is None:
+            raise InvalidArgumentError("config.total_step: expected the number of training steps, found None")
+        self.names = [f"{path}.{matrix}" for path in self.layers for matrix in "AEB"]
+        # Dictionaries, since loading and moving may put another parameter in one's place.
+        self._holders = [
+            factor._parameters
+            for layer in self.layers.values()
+            for factor in (layer.lora_A, layer.lora_E, layer.lora_B)
+        ]
+        self._averages: list[tuple[Tensor, Tensor]] = []
+        # AdamW's, where there is one: moments and the number of the parameter group, for each parameter.
+        self.moments: list[tuple[Tensor, Tensor, int]] | None = None
+        self.hypers: list[Hyper] = []
+        # Zeros in the place of gradients, for adapters that have none.
+        self._no_gradients: dict[int, Tensor] = {}
+        # The state of a run that goes on in other memory, until that is bound.
+        self._carried: bytes | None = None
+        self._bound_moments, self._bound_hypers = self.moments, self.hypers
+        self._make(self.parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A, E and B of every layer, in order."""
+        return [holder[self.adapter_name] for holder in self._holders]
+
+    # Training
+
+    @torch.no_grad()
+    def orthogonality(self, weight: float | None = None, *, loss_scale: float | Tensor = 1.0) -> float:
+        """Add the gradient of the orthogonality penalty to the gradients of A and B: once per step, after backward.
+
+        The penalty is `weight / (2 n) * (sum ||A A^T - I|| + ||B^T B - I||)` over the n adapters, as in PEFT.
+
+        Args:
+            weight: of the penalty; None: the configuration's `orth_reg_weight`.
+            loss_scale: what the gradients at hand are multiplied by (`GradScaler.get_scale()` before `unscale_`).
+
+        Returns:
+            The penalty, without `loss_scale`.
+
+        """
+        self._place_with_gradients("orthogonality")
+        self._loss_scale.fill_(loss_scale)
+        return self._penalty(weight, self._loss_scale).item()
+
+    def orthogonality_loss(self, weight: float | None = None) -> Tensor:
+        """The penalty of `orthogonality` as a value to add to the loss, in place of that call. Once differentiable.
+
+        Args:
+            weight: of the penalty; None: the configuration's `orth_reg_weight`.
+
+        """
+        return _OrthogonalityLoss.apply(self, weight, *self.parameters())
+
+    @torch.no_grad()
+    def update_and_allocate(self, global_step: int) -> None:
+        """Update importance from parameters and gradients, and mask what the schedule says: PEFT's method.
+
+        To be called after the optimiser's step and before `zero_grad`, once per step; not with `adalora.torch.AdamW`,
+        which does the same. A step whose gradients are not finite leaves importance as it is.
+
+        Args:
+            global_step: number of the step.
+
+        """
+        self._place_with_gradients("update_and_allocate")
+        self._step.fill_(global_step)
+        self._native.step(self._importance_values, with_adamw=False, stream=self._stream)
+        increment_version(self.parameters()[1::3])
+
+    @torch.no_grad()
+    def flatten_gradients(self) -> Tensor:
+        """Make all gradients of the adapters views of one buffer, for one all-reduce; from now on all have one.
+
+        They stay there as long as gradients are zeroed in place, by `zero_grad(set_to_none=False)`.
+
+        Returns:
+            The buffer, a vector that holds what gradients there were.
+
+        """
+        params = [p for p in self.parameters() if p.requires_grad]
+        dtypes = {p.dtype for p in params}
+        if len(dtypes) != 1:
+            found = ", ".join(sorted(map(str, dtypes))) or "none that are trained"
+            raise InvalidArgumentError(f"parameters: expected trained ones of one type, found {found}")
+        flat = torch.zeros(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
+        for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            part = part.view(p.shape)
+            if p.grad is not None:
+                part.copy_(p.grad)
+            p.grad = part
+        return flat
+
+    # Where a run stands
+
+    def budget(self, step: int) -> Budget:
+        """The budget that the schedule sets for a step, and whether a mask falls on it."""
+        return self._native.budget(step)
+
+    def standing(self) -> Standing:
+        """Pattern, ranks, clocks and counters."""
+        self.place()
+        return self._native.read(stream=self._stream)
+
+    def ranks(self) -> dict[str, int]:
+        """For each layer, how many triplets are kept."""
+        return dict(zip(self.layers, self.standing().ranks, strict=True))
+
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """For each layer, which triplets are kept."""
+        return {path: kept.tolist() for path, kept in zip(self.layers, self.standing().pattern, strict=True)}
+
+    @torch.no_grad()
+    def set_rank_pattern(self, pattern: Mapping[str, Sequence[bool]], final: bool = False) -> None:
+        """Set which triplets are kept; E of the others becomes 0.
+
+        Args:
+            pattern: for each layer, as `rank_pattern` returns it.
+            final: whether the pattern is final from now on; a later mask may otherwise choose anew.
+
+        """
+        _check_keys("pattern", pattern, self.layers)
+        for path, layer in self.layers.items():
+            if len(pattern[path]) != layer.ranknum[self.adapter_name]:
+                raise InvalidArgumentError(
+                    f"pattern[{path!r}]: expected {layer.ranknum[self.adapter_name]} flags, found {len(pattern[path])}"
+                )
+        flags = [bool(kept) for path in self.layers for kept in pattern[path]]
+        self.place()
+        self._native.set_pattern(
+            torch.tensor(flags, dtype=torch.bool, device=self._step.device), final=final, stream=self._stream
+        )
+        increment_version(self.parameters()[1::3])
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        """Take the last mask now, as crossing `total_step - tfinal` would; nothing where the pattern is final."""
+        self.place()
+        self._native.finalize(stream=self._stream)
+        increment_version(self.parameters()[1::3])
+
+    def reset(self) -> None:
+        """Begin a new run: pattern, clocks, averages and AdamW's moments as at the start; parameters stay."""
+        self.place()
+        self._native.reset(stream=self._stream)
+
+    def digest(self) -> int:
+        """A hash of what processes that train together must agree on: pattern, whether it is final, last step."""
+        self.place()
+        return self._native.digest(stream=self._stream)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a run needs beside parameters and the optimiser's state to go on bit for bit.
+
+        The averages `exp_avg_ipt.<path>.A` and so on are the allocator's own tensors; `state` holds pattern, clocks and
+        counters as bytes.
+        """
+        self.place()
+        averages = zip(*self._averages, strict=True)
+        state = {
+            f"{average}.{name}": tensor
+            for average, tensors in zip(_AVERAGES, averages, strict=True)
+            for name, tensor in zip(self.names, tensors, strict=True)
+        }
+        saved = self._native.save_state(stream=self._stream)
+        return {**state, "state": torch.frombuffer(bytearray(saved), dtype=torch.uint8)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing."""
+        own = self.state_dict()
+        _check_keys("state_dict", state_dict, own)
+        own.pop("state")
+        for name, tensor in own.items():
+            if state_dict[name].shape != tensor.shape:
+                raise InvalidArgumentError(
+                    f"{name}: expected shape {list(tensor.shape)}, found {list(state_dict[name].shape)}"
+                )
+        self._native.load_state(state_dict["state"].cpu().numpy().tobytes(), stream=self._stream)
+        for name, tensor in own.items():
+            tensor.copy_(state_dict[name])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies: what is native cannot be copied."""
+        raise TypeError(
+            "a RankAllocator cannot be copied or pickled: make another one for the model, and carry state_dict over"
+        )
+
+    # For AdamW
+
+    def use_moments(self, moments: list[tuple[Tensor, Tensor, int]], steps: Sequence[int]) -> None:
+        """Let AdamW's state be what the next steps work on.
+
+        Args:
+            moments: for each parameter both moments, of the state type, and the number of its hyperparameters.
+            steps: for each adapter, how many updates led to them.
+
+        """
+        self.moments = moments
+        self.place()
+        if list(steps) != self._native.read(stream=self._stream).adam_steps:
+            self._native.set_adam_steps(steps, stream=self._stream)
+
+    def place(self) -> bool:
+        """Bind where parameters and gradients lie now. Whether any adapter has a gradient."""
+        params = self.parameters()
+        self._fit(params)
+        grads = [p.grad for p in params]
+        found = True
+        if any(g is None for g in grads):
+            found = self._fill(params, grads)
+        elif not self._all_have_grad:
+            self._has_grad.fill_(1)
+            self._no_gradients.clear()
+            self._all_have_grad = True
+        if not all(map(Tensor.is_contiguous, grads)):
+            for k, p in enumerate(params):
+                if not grads[k].is_contiguous():
+                    grads[k] = p.grad = p.grad.contiguous()
+        self._bind(params, grads)
+        return found
+
+    def gradient_norm(self, sum_of_squares: Tensor, found_inf: Tensor | None = None) -> None:
+        """Add the sum of the squares of all adapters' gradients to a sum; after `place`.
+
+        Args:
+            sum_of_squares: one float64 on the adapters' device, added to.
+            found_inf: one float32, set to 1 where a gradient is not finite, else left alone.
+
+        """
+        self._native.gradient_norm(sum_of_squares, found_inf, has_grad=self._has_grad, stream=self._stream)
+
+    def adamw_step(self, global_step: int) -> None:
+        """AdamW, importance and mask in one pass, from `grad_factor` and `found_inf`; after `place`."""
+        self._step.fill_(global_step)
+        self._native.step(self._adamw_values, stream=self._stream)
+        increment_version(self.parameters())
+
+    def read_adam_steps(self, steps: Tensor) -> None:
+        """Read each adapter's number of updates into a vector of int64 on the host."""
+        library, handle = self._native.library, self._native.handle
+        library.adalora_allocator_read_sync(handle.pointer, None, None, steps.data_ptr(), None, self._stream)
+
+    # Where everything lies
+
+    def _make(self, params: Sequence[nn.Parameter]) -> None:
+        """Make the native allocator for parameters of these types on this device."""
+        devices = {p.device for p in params}
+        if len(devices) > 1:
+            raise InvalidArgumentError(f"parameters: expected all on one device, found {sorted(map(str, devices))}")
+        device = params[0].device
+        on = context(device)
+        adapters = []
+        for k, (path, layer) in enumerate(self.layers.items()):
+            dtypes = {p.dtype for p in params[3 * k : 3 * k + 3]}
+            if len(dtypes) > 1:
+                found = ", ".join(sorted(map(str, dtypes)))
+                raise InvalidArgumentError(f"{path}: expected A, E and B of one type, found {found}")
+            dtype, r = params[3 * k].dtype, layer.ranknum[self.adapter_name]
+            adapters.append(native_adapter(on, layer.in_features, layer.out_features, r, dtype, dtype))
+        config = self.config
+        self._native = Allocator(
+            on,
+            adapters,
+            target_r=config.target_r,
+            total_step=config.total_step,
+            tinit=config.tinit,
+            tfinal=config.tfinal,
+            deltaT=config.deltaT,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            budget_unit=self.budget_unit,
+        )
+        self._param_dtypes = [p.dtype for p in params]
+        sizes = self._native.sizes(len(params))
+        self._memory = [torch.zeros(size, dtype=torch.uint8, device=device) for size in (sizes.state, sizes.workspace)]
+        # A run that is moved or cast takes its averages along, and leaves its moments to AdamW.
+        zeros = lambda p: torch.zeros(p.shape, dtype=state_dtype(p), device=device)  # noqa: E731
+        self._averages = [
+            (zeros(p), zeros(p))
+            if not self._averages
+            else tuple(t.to(device, state_dtype(p)) for t in self._averages[k])
+            for k, p in enumerate(params)
+        ]
+        self.moments, self.hypers = None, []
+        self._no_gradients.clear()
+        # Values that the library reads where they lie, when the work runs.
+        value = lambda dtype: torch.zeros((), dtype=dtype, device=device)  # noqa: E731
+        self._step = value(torch.int64)
+        self._penalty_value, self._loss_scale, self.grad_factor = (value(torch.float64) for _ in range(3))
+        self.found_inf = value(torch.float32)
+        self._has_grad = torch.ones(len(adapters), dtype=torch.uint8, device=device)
+        self._all_have_grad = True
+        self._importance_values = StepValues(self._step, has_grad=self._has_grad)
+        self._adamw_values = StepValues(
+            self._step, grad_factor=self.grad_factor, found_inf=self.found_inf, has_grad=self._has_grad
+        )
+        # What is bound: addresses and types; nothing yet.
+        self._places: list[int] = []
+        self._dtypes: list[torch.dtype] = []
+        self._grad_places: list[int] = []
+
+    @property
+    def _stream(self) -> int | None:
+        return _stream(self._step.device)
+
+    def _place_with_gradients(self, call: str) -> None:
+        if not self.place():
+            raise InvalidStateError(f"{call}: expected gradients, found none: call it after backward, before zero_grad")
+
+    def _fit(self, params: Sequence[nn.Parameter]) -> None:
+        """Where parameters were cast or moved, let the run go on in memory that fits them."""
+        if [p.dtype for p in params] != self._param_dtypes or params[0].device != self._step.device:
+            carried = self._native.save_state(stream=self._stream) if self._native.handle.bound else self._carried
+            self._make(params)
+            self._carried = carried
+
+    def _fill(self, params: Sequence[nn.Parameter], grads: list[Tensor | None]) -> bool:
+        """Put zeros where gradients are missing. Whether any adapter has a gradient."""
+        present = []
+        for k in range(0, len(params), 3):
+            present.append(any(g is not None for g in grads[k : k + 3]))
+            for i in range(k, k + 3):
+                if present[-1]:
+                    self._no_gradients.pop(i, None)
+                    if grads[i] is None:
+                        grads[i] = params[i].grad = torch.zeros_like(params[i])
+                else:
+                    if i not in self._no_gradients:
+                        self._no_gradients[i] = torch.zeros_like(params[i])
+                    grads[i] = self._no_gradients[i]
+        self._has_grad.copy_(torch.tensor(present, dtype=torch.uint8))
+        self._all_have_grad = all(present)
+        return any(present)
+
+    def _bind(self, params: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> None:
+        """Bind anew what is not where it was."""
+        places, grad_places = list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads))
+        dtypes = [t.dtype for t in (*params, *grads)]
+        same = places == self._places and dtypes == self._dtypes and self.moments is self._bound_moments
+        if same and grad_places == self._grad_places and self.hypers is self._bound_hypers:
+            return
+        # Should binding fail, the next call begins from nothing.
+        self._places = []
+        if same and len(self.hypers) == len(self._bound_hypers):
+            self._native.rebind(grad_places, self.hypers, stream=self._stream)
+        else:
+            self._bind_all(params, grads)
+        self._places, self._grad_places, self._dtypes = places, grad_places, dtypes
+        self._bound_moments, self._bound_hypers = self.moments, self.hypers
+
+    def _bind_all(self, params: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> None:
+        for k, (name, p) in enumerate(zip(self.names, params, strict=True)):
+            if not p.is_contiguous():
+                raise InvalidArgumentError(f"{name}: expected a contiguous parameter, found strides {p.stride()}")
+            if not p.requires_grad and any(q.requires_grad for q in params[k - k % 3 : k - k % 3 + 3]):
+                raise InvalidArgumentError(f"{name}: expected requires_grad as its adapter's others, found False")
+            if p.device != self._step.device:
+                raise InvalidArgumentError(f"{name}: expected a parameter on {self._step.device}, found {p.device}")
+        moments = self.moments or [(None, None, 0)] * len(params)
+        slices = [
+            Slice(k // 3, "AEB"[k % 3], p.detach(), grads[k], *self._averages[k], *moments[k][:2], hyper=moments[k][2])
+            for k, p in enumerate(params)
+        ]
+        state, workspace = self._memory
+        self._native.bind(slices, self.hypers, state=state, workspace=workspace, stream=self._stream)
+        if self._carried is not None:
+            self._native.load_state(self._carried, stream=self._stream)
+            self._carried = None
+
+    def _penalty(self, weight: float | None, factor: Tensor | None) -> Tensor:
+        weight = self.config.orth_reg_weight if weight is None else weight
+        self._native.orthogonality(weight, factor=factor, value=self._penalty_value, stream=self._stream)
+        return self._penalty_value
+
+    def _penalty_and_gradients(self, weight: float | None, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        grads = [torch.zeros(p.shape, dtype=state_dtype(p), device=p.device) for p in params]
+        self._fit(params)
+        self._bind(params, grads)
+        return self._penalty(weight, None).clone(), grads
+
+
+class _OrthogonalityLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, allocator: RankAllocator, weight: float | None, *params: Tensor) -> Tensor:
+        value, grads = allocator._penalty_and_gradients(weight, params)
+        ctx.dtypes = [p.dtype for p in params]
+        ctx.save_for_backward(*grads)
+        return value.to(state_dtype(params[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = torch._foreach_mul(ctx.saved_tensors, d)
+        grads = [
+            g.to(dtype) if k % 3 != 1 else None for k, (g, dtype) in enumerate(zip(scaled, ctx.dtypes, strict=True))
+        ]
+        return None, None, *grads
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The type of averages and moments for a parameter."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _check_keys(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    missing, unknown = [key for key in expected if key not in found], [key for key in found if key not in expected]
+    if missing or unknown:
+        text = f"lacking {missing[0]!r}" if missing else f"{unknown[0]!r} beside"
+        raise InvalidArgumentError(
+            f"{name}: expected the {len(expected)} keys of this model's adapters, found one {text}"
+        )
