@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     job = Job(args)
     print(
         f"MiniLM on tweets: {len(job.train_tweets)} to train with, {len(job.held_out)} held out, {job.steps} steps, "
-        f"ranks {args.init_r} to {args.target_r}, {torch.get_num_threads()} threads",
+        f"ranks {args.init_r} to {args.target_r}, threads: {torch.get_num_threads()}",
         flush=True,
     )
 
@@ -372,8 +372,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(f"(always the same label: {always:.4f}); {results['trained_parameters']} parameters trained")
     print(f"\nRanks, {kept} kept:\n{table_text(table)}")
     print(f"\n{'where the time went':22} {'s':>7} {'share':>6} {'ms/step':>8}")
-    for part, seconds in {**job.clock.seconds, "all": wall}.items():
-        per_step = "" if part in ("evaluation", "all") else f"{seconds / job.steps * 1e3:8.1f}"
+    rest = wall - sum(job.clock.seconds.values())
+    for part, seconds in {**job.clock.seconds, "loading, drawing, ...": rest, "all": wall}.items():
+        per_step = f"{seconds / job.steps * 1e3:8.1f}" if part in PARTS[:-1] else ""
         print(f"{part:22} {seconds:7.1f} {seconds / wall:6.0%} {per_step}".rstrip())
     same = "bit for bit the same scores" if difference == 0 else f"scores that differ by at most {difference:.2g}"
     print(f"\nThe adapter, saved and loaded into a new model, gives {same}.")
