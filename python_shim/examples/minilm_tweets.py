@@ -141,24 +141,57 @@ class Job:
         """The part of --lr that a step has: up for a tenth of the steps, then down to zero."""
         return min(1.0, (step + 1) / (self.steps * 0.1)) * max(0.0, 1 - step / self.steps)
 
+    def build(self, method: Any) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
+        """The model with its adapters, and what trains them."""
+        args = self.args
+        torch.manual_seed(args.seed)
+        model = Classifier()
+        config = method.AdaLoraConfig(
+            init_r=args.init_r,
+            target_r=args.target_r,
+            lora_alpha=args.alpha,
+            lora_dropout=args.dropout,
+            orth_reg_weight=args.orth,
+            target_modules=MODULES,
+            modules_to_save=["head"],
+            tinit=self.steps // 10,
+            tfinal=self.steps // 3,
+            deltaT=args.delta_t,
+            total_step=self.steps,
+        )
+        model = method.adapt(model, config)
+        allocator = method.RankAllocator(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return model, allocator, method.AdamW(trained, allocator, lr=args.lr, weight_decay=0.01)
+
+    def step(
+        self,
+        model: nn.Module,
+        allocator: Any,
+        optimizer: torch.optim.Optimizer,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+    ) -> Tensor:
+        """One step of training; returns the loss."""
+        with self.clock("forward"), self.precision():
+            loss = nn.functional.cross_entropy(model(**inputs), labels)
+        with self.clock("backward"):
+            loss.backward()
+        with self.clock("orthogonality"):
+            allocator.orthogonality()
+        with self.clock("optimiser + allocator"):
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
     def train(self, model: nn.Module, allocator: Any, optimizer: torch.optim.Optimizer) -> list[float]:
         """The training loop; returns the loss of every step."""
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate)
-        clock, progress, losses = self.clock, Progress(self.steps), []
+        progress, losses = Progress(self.steps), []
         model.train()
         for step, (inputs, labels) in enumerate(self.batches()):
-            with clock("forward"), self.precision():
-                loss = nn.functional.cross_entropy(model(**inputs), labels)
-            with clock("backward"):
-                loss.backward()
-            with clock("orthogonality"):
-                allocator.orthogonality()
-            with clock("optimiser + allocator"):
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-
-            losses.append(loss.item())
+            losses.append(self.step(model, allocator, optimizer, inputs, labels).item())
+            scheduler.step()
             progress.show(step, losses, allocator)
         progress.close()
         return losses
@@ -317,27 +350,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         flush=True,
     )
 
-    # The model, its adapters, and what trains them.
-    torch.manual_seed(args.seed)
-    model = Classifier()
-    config = method.AdaLoraConfig(
-        init_r=args.init_r,
-        target_r=args.target_r,
-        lora_alpha=args.alpha,
-        lora_dropout=args.dropout,
-        orth_reg_weight=args.orth,
-        target_modules=MODULES,
-        modules_to_save=["head"],
-        tinit=job.steps // 10,
-        tfinal=job.steps // 3,
-        deltaT=args.delta_t,
-        total_step=job.steps,
-    )
-    model = method.adapt(model, config)
-    allocator = method.RankAllocator(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = method.AdamW(trained, allocator, lr=args.lr, weight_decay=0.01)
-
+    model, allocator, optimizer = job.build(method)
     before = job.accuracy(job.evaluate(model))
     torch.manual_seed(args.seed)
     losses = job.train(model, allocator, optimizer)
@@ -364,7 +377,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "ranks": ranks,
         "seconds": {**job.clock.seconds, "total": wall},
         "steps": job.steps,
-        "trained_parameters": sum(p.numel() for p in trained),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 

@@ -10,11 +10,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import adalora
 import adalora.torch
@@ -27,7 +25,6 @@ with warnings.catch_warnings():
     import minilm_tweets
 
 STEPS = 50
-SCHEDULE = {"tinit": 5, "tfinal": 15, "deltaT": 3, "total_step": STEPS}
 
 
 @pytest.fixture
@@ -39,41 +36,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def trainer(method: Any) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
-    """A model with adapters, its allocator and its optimiser, in one of the two implementations."""
-    torch.manual_seed(0)
-    model = method.adapt(
-        minilm_tweets.Classifier(),
-        method.AdaLoraConfig(
-            init_r=12,
-            target_r=4,
-            lora_alpha=32,
-            orth_reg_weight=0.1,
-            target_modules=minilm_tweets.MODULES,
-            modules_to_save=["head"],
-            **SCHEDULE,
-        ),
-    )
-    allocator = method.RankAllocator(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model.train(), allocator, method.AdamW(trained, allocator, lr=2e-3, weight_decay=0.01)
-
-
 def test_trains_as_peft(library: adalora.Library, one_thread: None) -> None:
-    job = minilm_tweets.Job(minilm_tweets.parse(["--train", "8000", "--batch", "4"]))
+    job = minilm_tweets.Job(minilm_tweets.parse(["--train", "8000", "--batch", "4", "--delta-t", "3"]))
     job.train_tweets = [(text, label) for text, label in job.train_tweets if len(text) < 45]
-    trainers = [trainer(method) for method in (adalora.torch, minilm_peft)]
+    job.steps = STEPS
+    trainers = [job.build(method) for method in (adalora.torch, minilm_peft)]
     differences, selections = [], set()
     for step, (inputs, labels) in zip(range(STEPS), job.batches(), strict=False):
         losses, patterns = [], []
         for model, allocator, optimizer in trainers:
+            model.train()
             # The model's own dropout.
             torch.manual_seed(step)
-            loss = nn.functional.cross_entropy(model(**inputs), labels)
-            loss.backward()
-            allocator.orthogonality()
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = job.step(model, allocator, optimizer, inputs, labels)
             losses.append(loss.item())
             patterns.append(allocator.rank_pattern())
         assert patterns[0] == patterns[1], f"step {step}"
