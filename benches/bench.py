@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,13 +24,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "python_shim" / "examples"))
 warnings.filterwarnings("ignore")
 import adalora  # noqa: E402
+import adalora.torch  # noqa: E402
+import minilm_peft  # noqa: E402
+import minilm_tweets  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
+from adalora.torch.functional import context  # noqa: E402
 from torch import nn  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 ALPHA, ORTH_REG_WEIGHT, LR, MAX_NORM = 32, 0.5, 1e-4, 1.0
 # A schedule that masks on every step of the benchmark, and is far from its end.
 SCHEDULE = {"tinit": 1, "tfinal": 10, "deltaT": 1, "total_step": 1_000_000}
@@ -132,8 +138,9 @@ def layer_params(layer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 class Ours:
     """Our side, over arrays of its own that begin with PEFT's values."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, threads: int, other: Peft) -> None:
-        self.context = adalora.Context(threads=threads)
+    def __init__(self, shape: Shape, dtype: torch.dtype, other: Peft) -> None:
+        # On PyTorch's threads, as adalora.torch computes.
+        self.context = context(torch.device("cpu"))
         activation = "bfloat16" if dtype == torch.bfloat16 else "float32"
         self.adapters = [
             adalora.Adapter(
@@ -229,6 +236,40 @@ def check_equal(ours: Ours, other: Peft, tolerance: float) -> None:
         close(f"layer {k}: dB with the penalty", ours.training.grads[k].B, B.grad)
 
 
+class Demo:
+    """One side of the demo: MiniLM on tweets, its training step on the same batches as the other side's."""
+
+    def __init__(self, method: Any) -> None:
+        self.job = minilm_tweets.Job(minilm_tweets.parse(["--seed", "0"]))
+        self.batches = list(itertools.islice(self.job.batches(), 16))
+        self.parts = self.job.build(method)
+        self.parts[0].train()
+        self.steps = 0
+
+    def demo_step(self) -> torch.Tensor:
+        """Forward, backward, penalty, AdamW with importance, and the mask where one is due; returns the loss."""
+        inputs, labels = self.batches[self.steps % len(self.batches)]
+        self.steps += 1
+        # The model's own dropout drops the same on both sides.
+        torch.manual_seed(self.steps)
+        return self.job.step(*self.parts, inputs, labels)
+
+    def shape(self) -> Shape:
+        """36 layers; most are 384 to 384, every sixth 384 to 1536 and back. Tokens as they are on average."""
+        tokens = statistics.mean(inputs["input_ids"].numel() for inputs, _ in self.batches)
+        return Shape(36, 384, 384, 12, round(tokens))
+
+
+def demo_step(seconds: float) -> tuple[Shape, float, float]:
+    """The shape of the demo's step, and medians in milliseconds of ours and of PEFT's."""
+    ours, other = Demo(adalora.torch), Demo(minilm_peft)
+    for _ in range(3):
+        losses = ours.demo_step().item(), other.demo_step().item()
+        if not abs(losses[0] - losses[1]) < 1e-4:
+            raise SystemExit(f"demo_step: losses {losses}, expected to differ by less than 1e-4")
+    return ours.shape(), *medians(ours.demo_step, other.demo_step, seconds)
+
+
 def medians(a: Callable[[], Any], b: Callable[[], Any], seconds: float) -> tuple[float, float]:
     """Medians of both in milliseconds, turn by turn, so that a drift of the machine meets both."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -243,7 +284,7 @@ def medians(a: Callable[[], Any], b: Callable[[], Any], seconds: float) -> tuple
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def machine(context: adalora.Context) -> dict[str, Any]:
+def machine(on: adalora.Context) -> dict[str, Any]:
     """What the numbers belong to."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     field = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in cpuinfo.splitlines()) if v}
@@ -255,8 +296,9 @@ def machine(context: adalora.Context) -> dict[str, Any]:
         "processor": " ".join(field.get(k, "?") for k in ("model name", "cpu family", "model")),
         "cores": len(os.sched_getaffinity(0)),
         "instruction_sets": sets,
+        "backend": on.describe(),
         "versions": {
-            "adalora": context.describe(),
+            "adalora": adalora.__version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
             "torch": torch.__version__,
@@ -264,6 +306,21 @@ def machine(context: adalora.Context) -> dict[str, Any]:
             "rustc": rustc,
         },
     }
+
+
+def report(
+    rows: list[dict[str, Any]],
+    operation: str,
+    shape: Shape,
+    dtype: str,
+    threads: int,
+    ours_ms: float,
+    peft_ms: float,
+) -> None:
+    """Keep a row, and print it."""
+    row = {"operation": operation, **shape._asdict(), "dtype": dtype, "threads": threads}
+    rows.append(row | {"ours_ms": ours_ms, "peft_ms": peft_ms, "ratio": peft_ms / ours_ms})
+    print(LINE.format(**rows[-1]), flush=True)
 
 
 def main() -> None:
@@ -284,7 +341,7 @@ def main() -> None:
             dtype = getattr(torch, name)
             torch.manual_seed(0)
             other = Peft(shape, dtype)
-            ours = Ours(shape, dtype, threads, other)
+            ours = Ours(shape, dtype, other)
             check_equal(ours, other, 1e-4 if name == "float32" else 2e-2)
             # What comes after the passes does not read activations, so that it is timed once.
             operations = ["forward_backward"]
@@ -292,10 +349,10 @@ def main() -> None:
                 operations += ["orthogonality", "optimizer_allocator"]
             for operation in operations:
                 ours_ms, peft_ms = medians(getattr(ours, operation), getattr(other, operation), seconds)
-                row = {"operation": operation, **shape._asdict(), "dtype": name, "threads": threads}
-                row |= {"ours_ms": ours_ms, "peft_ms": peft_ms, "ratio": peft_ms / ours_ms}
-                rows.append(row)
-                print(LINE.format(**row), flush=True)
+                report(rows, operation, shape, name, threads, ours_ms, peft_ms)
+        if "float32" in options.dtype:
+            shape, ours_ms, peft_ms = demo_step(5 * seconds)
+            report(rows, "demo_step", shape, "float32", threads, ours_ms, peft_ms)
     document = {"machine": machine(ours.context), "rows": rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(document, indent=1) + "\n")
