@@ -147,12 +147,16 @@ def test_without_gradients(mode):
     assert torch.equal(found, expected)
 
 
-def test_once_differentiable():
+@pytest.mark.parametrize("power", [1, 2])
+def test_once_differentiable(power):
     part = Part(torch.randn(3, 6), *triplets(2, 20, 6, torch.float32), scaling=1.0)
-    (y,) = svd_linear(torch.randn(3, 20), [part])
-    (grad,) = torch.autograd.grad(y.square().sum(), part.A, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    x = torch.randn(3, 20, requires_grad=True)
+    (y,) = svd_linear(x, [part])
+    # With power 1 the incoming gradient is constant, and dx depends on A, E and B all the same.
+    dx, dA = torch.autograd.grad(y.pow(power).sum(), [x, part.A], create_graph=True)
+    for grad in (dx, dA):
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
 
 def test_a_parameter_changed_before_backward_is_noticed():
@@ -174,9 +178,13 @@ def test_wrong_shapes_and_types_are_named():
         ((y, A, E[:1], B), r"E: expected shape \[2, 1\], found \[1, 1\]"),
         ((y, A, E, B[:, :1]), r"B: expected shape \[6, 2\], found \[6, 1\]"),
         ((y, A, E.to("meta"), B), r"E: expected a tensor on cpu, found one on meta"),
+        ((torch.zeros(3, 8)[:, :6], A, E, B), r"y: expected a contiguous tensor to overwrite, found strides \[8, 1\]"),
+        ((torch.zeros(1, 6).expand(3, 6), A, E, B), r"y: expected a contiguous tensor to overwrite, found"),
     ):
         with pytest.raises(adalora.InvalidArgumentError, match=message):
-            svd_linear(x, [Part(*wrong, 1.0)])
+            svd_linear(x, [Part(*wrong, 1.0, in_place=True)])
+    with pytest.raises(adalora.InvalidArgumentError, match="overlap"):
+        svd_linear(x, [Part(y, A, E, B, 1.0, in_place=True)] * 2)
     good = Part(y, A, E, B, 1.0)
     with pytest.raises(adalora.InvalidArgumentError, match=r"parts\[1\]\.y: expected torch.float32 as the first"):
         svd_linear(x, [good, good._replace(y=y.double())])

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import adalora
@@ -114,7 +115,11 @@ def randomize(model: nn.Module, adapter_name: str = "default") -> None:
 
 def with_peft(model: Network, **changed) -> nn.Module:
     """The same network under PEFT, with the same parameters."""
-    bare = Network(dtype=next(model.parameters()).dtype)
+    return peft_twin(Network(dtype=next(model.parameters()).dtype), model, **changed)
+
+
+def peft_twin(bare: nn.Module, model: nn.Module, **changed) -> nn.Module:
+    """A bare model under PEFT, with the parameters of an adapted one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = get_peft_model(bare, peft.AdaLoraConfig(**{**SETTINGS, **changed}))
@@ -333,6 +338,47 @@ def test_hooks_see_the_base_layers_own_output(x):
     assert torch.equal(seen[0], nn.functional.linear(x, layer.weight, layer.bias))
 
 
+def test_a_base_layer_whose_forward_was_replaced(x):
+    layer = network().layers[0].query
+    base = layer.base_layer
+    kept = []
+    original = base.forward
+    base.forward = lambda x: kept.append(2 * original(x)) or kept[-1]
+    x = x.requires_grad_(True)
+    y = layer(x)
+    assert torch.equal(kept[0], 2 * nn.functional.linear(x, base.weight, base.bias))
+    (found,) = torch.autograd.grad(y.sum(), x)
+    delta = layer.get_delta_weight("default")
+    torch.testing.assert_close(found[0, 0], 2 * base.weight.sum(0) + delta.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_backward_within_autocast_of_a_part_that_ran_outside(x):
+    model = network()
+    randomize(model)
+    first, second = (x.clone().requires_grad_(True) for _ in range(2))
+    model(first).square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            loss = model(second).square().sum()
+        loss.backward()
+    torch.testing.assert_close(second.grad, first.grad, rtol=0.1, atol=0.1)
+    assert second.grad.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+def test_tracing_and_forward_mode_are_refused(x):
+    model = network().eval()
+    randomize(model)
+    for trace in (lambda: torch.jit.trace(model, x), lambda: make_fx(model)(x)):
+        with torch.no_grad(), pytest.raises(adalora.UnsupportedError, match="found one that is traced"):
+            trace()
+    model.requires_grad_(False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(adalora.UnsupportedError, match="found forward mode"):
+            model(dual)
+
+
 class Same(nn.Linear):
     """A base layer that gives back what it is given."""
 
@@ -392,16 +438,25 @@ def test_shared_inputs_change_results_by_rounding_alone(x):
             torch.testing.assert_close(matrix.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_layers_that_share_no_input_after_all_separate(x, calls):
+def crossed(**changed) -> Attention:
     torch.manual_seed(1)
-    model = adapt(Attention(), config(target_modules=["query", "key", "value"]))
+    model = adapt(Attention(), config(target_modules=["query", "key", "value"], **changed))
     randomize(model)
+    return model
+
+
+def test_layers_that_share_no_input_after_all_separate(x, calls):
+    model = crossed()
     other = torch.randn(2, 6, 24)
     y = model(x, other)
-    # Key and value were computed from x in vain once, and never again.
+    # Key and value were computed from x in vain; gradient checkpointing may have to repeat just that.
     assert calls == [3, 1, 1]
     assert torch.equal(model(x, other), y)
-    assert calls == [3, 1, 1, 1, 1, 1]
+    assert calls == [3, 1, 1] * 2
+    y.sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    y = model(x, other)
+    assert calls == [3, 1, 1] * 2 + [1, 1, 1]
     delta = {name: layer.get_delta_weight("default") for name, layer in named_adapters(model).items()}
     with torch.no_grad():
         for name, layer in named_adapters(model).items():
@@ -410,16 +465,51 @@ def test_layers_that_share_no_input_after_all_separate(x, calls):
         torch.testing.assert_close(model(x, other), y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changed", ["x", "parameter"])
-def test_a_stale_output_is_never_used(x, changed):
-    model = adapt(Attention(), config(target_modules=["query", "key", "value"]))
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_where_no_input_is_shared(x, use_reentrant):
+    other = torch.randn(2, 6, 24)
+    results = []
+    for wrapped in (False, True):
+        model = crossed(lora_dropout=0.5)
+        for _ in range(2):
+            torch.manual_seed(4)
+            first, second = x.clone().requires_grad_(True), other.clone().requires_grad_(True)
+            y = checkpoint(model, first, second, use_reentrant=use_reentrant) if wrapped else model(first, second)
+            y.square().sum().backward()
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+        results.append([y, first.grad, second.grad, *(p.grad for p in trained(model).values())])
+    assert all(map(torch.equal, *results))
+
+
+def test_siblings_of_different_widths(x):
+    model = Attention()
+    model.key, model.value = nn.Linear(30, 24), nn.Linear(30, 24)
+    adapt(model, config(target_modules=["query", "key", "value"]))
     randomize(model)
-    with torch.no_grad():
+    bare = Attention()
+    bare.key, bare.value = nn.Linear(30, 24), nn.Linear(30, 24)
+    theirs = peft_twin(bare, model, target_modules=["query", "key", "value"])
+    other = torch.randn(2, 6, 30)
+    torch.testing.assert_close(model(x, other), theirs(x, other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("changed", ["x", "parameter", "bias", "mode", "scaling"])
+def test_a_stale_output_is_never_used(mode, changed):
+    model = crossed(lora_dropout=0.5 if changed == "mode" else 0.0)
+    with mode():
+        x = torch.randn(2, 5, 24)
         model.query(x)
         if changed == "x":
             x.mul_(2)
-        else:
+        elif changed == "parameter":
             model.key.lora_B["default"].mul_(2)
+        elif changed == "bias":
+            model.key.bias.add_(1)
+        elif changed == "mode":
+            model.eval()
+        else:
+            model.key.lora_alpha["default"] *= 2
         found = model.key(x)
         model.key.shared_input = None
         assert torch.equal(found, model.key(x))
@@ -564,6 +654,21 @@ def test_merged_weights_are_pefts(x, name):
     assert layer.weight is layer.base_layer.weight
     merge(ours)
     torch.testing.assert_close(layer.weight, other.weight)
+
+
+def test_layers_that_share_a_weight_merge_and_unmerge():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapt(model, config(target_modules="all-linear", init_lora_weights=False))
+    weight = model[0].weight.clone()
+    merge(model)
+    with disable_adapters(model):
+        assert torch.equal(model[0].weight, weight)
+    assert not torch.equal(model[0].weight, weight)
+    unmerge(model)
+    assert torch.equal(model[0].weight, weight)
 
 
 def test_unmerging_without_a_backup_subtracts():

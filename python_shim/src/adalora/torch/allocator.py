@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from ..allocator import Allocator, Budget, Hyper, Slice, Standing, StepValues
 from ..errors import InvalidArgumentError, InvalidStateError
-from .functional import _stream, context, native_adapter
+from .functional import _stream, context, native_adapter, once_differentiable
 from .layers import SVDLinear
 from .model import get_config, named_adapters
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from .. import _bindings as c
 from ..adapter import Adapter, Stage
@@ -125,7 +125,8 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
 
     x is cast to each output's type (all outputs have the same), and A, E and B to what goes with it: float64 and
     float32 as the output, half precision as it is or else float32. Gradients come for x, y, A, E and B, once
-    differentiable. With dropout, seeds are drawn from PyTorch's generator of x's device, for all parts at once.
+    differentiable, from one node of the graph for all parts. With dropout, seeds are drawn from PyTorch's generator of
+    x's device, for all parts at once.
 
     Args:
         x: [..., in].
@@ -139,6 +140,7 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     if dtype not in DTYPES:
         expected = ", ".join(NAMES.values())
         raise InvalidArgumentError(f"y: expected one of {expected}, found {str(dtype).removeprefix('torch.')}")
+    _check_mode(x, parts)
     for k, part in enumerate(parts):
         _check(part, f"parts[{k}]." if len(parts) > 1 else "", x, dtype)
     x = x.to(dtype)
@@ -180,12 +182,49 @@ def _check(part: Part, name: str, x: Tensor, dtype: torch.dtype) -> None:
             raise InvalidArgumentError(f"{name}{field}: expected a tensor on {x.device}, found one on {tensor.device}")
     if part.y.dtype != dtype:
         raise InvalidArgumentError(f"{name}y: expected {dtype} as the first, found {part.y.dtype}")
+    if part.in_place and not part.y.is_contiguous():
+        raise InvalidArgumentError(
+            f"{name}y: expected a contiguous tensor to overwrite, found strides {list(part.y.stride())}"
+        )
+
+
+def _check_mode(x: Tensor, parts: Sequence[Part]) -> None:
+    """Refuse what sees PyTorch's operators alone, and would take the base layer for the whole."""
+    tracing = torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    if tracing:
+        raise UnsupportedError("svd_linear: expected a model that runs, found one that is traced: merge adapters first")
+    if forward_ad._current_level >= 0:
+        tensors = [x, *(tensor for part in parts for tensor in part[:4])]
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise UnsupportedError("svd_linear: expected differentiation in reverse mode, found forward mode")
 
 
 class _Plan(NamedTuple):
     adapters: tuple[Adapter, ...]
     scalings: tuple[float, ...]
     in_place: tuple[bool, ...]
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Let a backward pass give gradients that cannot be differentiated again, and say so where that is tried.
+
+    PyTorch's decorator of this name takes gradients for constants where the incoming one is: but they depend on the
+    parameters too.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *args: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            outputs = backward(ctx, *args)
+        if not torch.is_grad_enabled():
+            return outputs
+        refuse = torch._C._functions.DelayedError(
+            b"an adapter's gradients cannot be differentiated again: they are marked with once_differentiable",
+            len(outputs),
+        )
+        return refuse(*(None if output is None else output.detach().requires_grad_() for output in outputs))
+
+    return run
 
 
 class _SVDLinear(torch.autograd.Function):
@@ -216,11 +255,12 @@ class _SVDLinear(torch.autograd.Function):
         rows = {k: _rows(dy) for k, dy in enumerate(dys) if dy is not None}
         dx = None
         if ctx.needs_input_grad[2] and rows:
-            for k, dy in rows.items():
-                if weights[k] is not None:
-                    dx = dy @ weights[k] if dx is None else dx.addmm_(dy, weights[k])
-            if dx is None:
-                dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            with_weight = [k for k in rows if weights[k] is not None]
+            empty = torch.empty_like if with_weight else torch.zeros_like
+            dx = empty(x, memory_format=torch.contiguous_format)
+            # Into memory that is there: autocast, which may be on around backward, leaves such operators alone.
+            for k in with_weight:
+                torch.mm(rows[k], weights[k], out=dx) if k == with_weight[0] else dx.addmm_(rows[k], weights[k])
         grads: list[Tensor | None] = [None] * (4 * len(dys))
         for k in rows:
             grads[4 * k] = dys[k]

@@ -147,7 +147,7 @@ class SVDLinear(nn.Module):
                     layer.lora_B[adapter_name],
                     layer.scaling(adapter_name),
                     layer.lora_dropout[adapter_name] if layer.training else 0.0,
-                    layer._may_overwrite(x, y),
+                    layer._may_overwrite(y),
                     weight,
                 )
                 for layer, y, weight in zip(layers, outputs, weights, strict=True)
@@ -160,27 +160,28 @@ class SVDLinear(nn.Module):
         """The base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
         base = self.base_layer
         plain = (
-            type(base) is nn.Linear
+            self._base_is_plain()
             and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
             and base.weight.dtype == x.dtype
             and not torch.is_autocast_enabled(x.device.type)
-            and not any(hooks for hooks in (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks))
-            and not (base._backward_pre_hooks or nn.modules.module._has_any_global_hook())
         )
         return base.weight if plain else None
 
-    def _may_overwrite(self, x: Tensor, y: Tensor) -> bool:
-        """Whether nobody but us can hold y: the base layer's class is known, and no hook saw it."""
+    def _base_is_plain(self) -> bool:
+        """Whether the base layer does what its class does, and nobody watches it."""
         base = self.base_layer
+        hooks = base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
         return (
             type(base) is nn.Linear
-            and not base._forward_hooks
+            and "forward" not in base.__dict__
+            and not any(hooks)
             and not nn.modules.module._has_any_global_hook()
-            and y.is_contiguous()
-            and not y._is_view()
-            and not (y.is_leaf and y.requires_grad)
-            and (y.numel() == 0 or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr())
         )
+
+    def _may_overwrite(self, y: Tensor) -> bool:
+        """Whether nobody but us can hold y."""
+        own = self._base_is_plain() and not y._is_view() and not (y.is_leaf and y.requires_grad)
+        return own and y.is_contiguous()
 
     # Merging
 
@@ -291,9 +292,10 @@ class _Waiting(NamedTuple):
 class SharedInput:
     """Layers that are given the same x one after the other, such as query, key and value: x is read once for all.
 
-    The first layer that sees an x computes the outputs of all, and the others find theirs here. Where one of them is
-    not called, or is given something else after all (as in attention from one sequence to another), the layers go
-    separate ways from then on. The results are the same to rounding.
+    The first layer computes the outputs of all, in one node of autograd's graph, and the others find theirs here. Where
+    one of them is not called, or is given something else after all (as in attention from one sequence to another), it
+    computes for itself, and from the next change of the parameters on all do: not before, since gradient checkpointing
+    repeats in backward what forward did. The results are the same to rounding.
 
     Args:
         layers: siblings, in the order of their calls.
@@ -304,24 +306,31 @@ class SharedInput:
         self.layers = list(layers)
         # By thread: outputs that wait for their layers.
         self._waiting: dict[int, _Waiting] = {}
+        # The parameters' versions when the layers turned out not to share their input.
+        self._apart_after: tuple[Any, ...] | None = None
 
     def output(self, layer: SVDLinear, x: Tensor) -> Tensor:
         """The output of one of the layers."""
-        thread = threading.get_ident()
+        first, thread = self.layers[0], threading.get_ident()
         waiting = self._waiting.pop(thread, None)
         if waiting is not None:
-            if layer in waiting.outputs and waiting.x() is x and waiting.state == self._state(x):
-                y = waiting.outputs.pop(layer)
+            if layer is not first and waiting.x() is x and waiting.state == self._state(x):
+                y = waiting.outputs.pop(layer, None)
                 if waiting.outputs:
                     self._waiting[thread] = waiting
-                return y
+                if y is not None:
+                    return y
+            elif self._apart_after is None:
+                self._apart_after = self._versions()
+        if layer is not first:
+            return SVDLinear._adapted([layer], x)[0]
+        if self._apart_after is not None and self._apart_after != self._versions():
             self.separate()
-        together = [other for other in self.layers if other is layer or self._goes_along(other, layer)]
-        outputs = SVDLinear._adapted(together, x)
-        by_layer = dict(zip(together, outputs, strict=True))
-        y = by_layer.pop(layer)
-        if by_layer:
-            self._waiting[thread] = _Waiting(weakref.ref(x), self._state(x), by_layer)
+        # Tensors of inference mode do not tell whether they were changed since.
+        together = [] if x.is_inference() else [other for other in self.layers[1:] if self._goes_along(other)]
+        y, *outputs = SVDLinear._adapted([first, *together], x)
+        if together:
+            self._waiting[thread] = _Waiting(weakref.ref(x), self._state(x), dict(zip(together, outputs, strict=True)))
         return y
 
     def separate(self) -> None:
@@ -330,11 +339,12 @@ class SharedInput:
             layer.shared_input = None
         self._waiting.clear()
 
-    def _goes_along(self, other: SVDLinear, layer: SVDLinear) -> bool:
+    def _goes_along(self, other: SVDLinear) -> bool:
+        first = self.layers[0]
         return (
             other.shared_input is self
-            and other.active_adapters == layer.active_adapters
-            and other.training == layer.training
+            and other.active_adapters == first.active_adapters
+            and other.training == first.training
             and not other.disable_adapters
             and not other.merged_adapters
             # A hook that prepares the layer for its call, such as loading its weights, has not run yet.
@@ -342,15 +352,30 @@ class SharedInput:
             and "forward" not in other.__dict__
         )
 
+    def _versions(self) -> tuple[Any, ...]:
+        """Which parameters there are, and which changes of theirs."""
+        return tuple((id(p), p._version) for layer in self.layers for p in self._parameters(layer))
+
+    @staticmethod
+    def _parameters(layer: SVDLinear) -> list[Tensor]:
+        base = layer.base_layer
+        found = [base.weight] if base.bias is None else [base.weight, base.bias]
+        for adapter_name in layer.active_adapters:
+            found += layer.triplets(adapter_name)
+        return found
+
     def _state(self, x: Tensor) -> tuple[Any, ...]:
-        """What an output depends on beside x itself: versions, and the modes of autograd and autocast."""
-        tensors = [x]
-        for layer in self.layers:
-            tensors.append(layer.base_layer.weight)
-            for adapter_name in layer.active_adapters:
-                tensors += layer.triplets(adapter_name)
-        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
-        return *modes, *((id(t), -1 if t.is_inference() else t._version) for t in tensors)
+        """What the waiting outputs depend on beside x itself."""
+        device = x.device.type
+        modes = (
+            x._version,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            *(self._goes_along(layer) for layer in self.layers),
+            *(layer.scaling(name) for layer in self.layers for name in layer.active_adapters),
+            self.layers[0].training,
+        )
+        return *modes, *self._versions()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_waiting": {}}
+        return {**self.__dict__, "_waiting": {}, "_apart_after": None}

@@ -127,8 +127,8 @@ def saved_modules(model: nn.Module, config: AdaLoraConfig) -> dict[str, nn.Modul
 
 def _share_inputs(parent: nn.Module) -> None:
     for names in SHARED_INPUTS:
-        layers = [getattr(parent, name, None) for name in names]
-        share_input([layer for layer in layers if isinstance(layer, SVDLinear)])
+        layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), SVDLinear)]
+        share_input([layer for layer in layers if layer.in_features == layers[0].in_features])
 
 
 def share_input(layers: Sequence[SVDLinear]) -> None:
@@ -205,8 +205,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     layers = named_adapters(model, None).values()
     before = [(layer, layer.disable_adapters, layer.merged_adapters, layer._unmerged_weight) for layer in layers]
     try:
+        unmerge(model)
         for layer in layers:
-            layer.unmerge()
             layer.disable_adapters = True
         yield
     finally:
@@ -245,7 +245,8 @@ def merge(
 
 def unmerge(model: nn.Module) -> None:
     """Take all merged adapters out of the base weights: exactly, where `merge` kept a backup."""
-    for layer in named_adapters(model, None).values():
+    # In reverse: layers may share a weight, and each keeps it as it found it.
+    for layer in reversed(named_adapters(model, None).values()):
         layer.unmerge()
 
 
