@@ -365,7 +365,7 @@ def test_backward_within_autocast_of_a_part_that_ran_outside(x):
     assert second.grad.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_tracing_and_forward_mode_are_refused(x):
     model = network().eval()
     randomize(model)
