@@ -98,6 +98,15 @@ def test_any_strides(x):
     assert max(map(distance, got, wanted)) < 1e-5
 
 
+def test_a_negative_view():
+    A, E, B = triplets(2, 1, 6, torch.float64)
+    x = torch.randn(5, 1, dtype=torch.complex128).conj().imag
+    y = torch.randn(5, 6, dtype=torch.complex128).conj().imag
+    assert x.is_neg()
+    (found,) = svd_linear(x, [Part(y, A, E, B, 1.0)])
+    torch.testing.assert_close(found, reference(x.clone(), Part(y.clone(), A, E, B, 1.0)))
+
+
 def test_no_tokens_and_no_rank():
     x = torch.randn(0, 20, requires_grad=True)
     part = Part(torch.randn(0, 6), *triplets(2, 20, 6, torch.float32), scaling=1.0)
@@ -155,8 +164,11 @@ def test_once_differentiable(power):
     # With power 1 the incoming gradient is constant, and dx depends on A, E and B all the same.
     dx, dA = torch.autograd.grad(y.pow(power).sum(), [x, part.A], create_graph=True)
     for grad in (dx, dA):
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+        for again in (grad.sum().backward, lambda: torch.autograd.grad(dx.sum(), part.A, allow_unused=True)):
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                again()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.functional.hessian(lambda x: svd_linear(x, [part])[0].pow(power).sum(), x)
 
 
 def test_a_parameter_changed_before_backward_is_noticed():
@@ -185,6 +197,8 @@ def test_wrong_shapes_and_types_are_named():
             svd_linear(x, [Part(*wrong, 1.0, in_place=True)])
     with pytest.raises(adalora.InvalidArgumentError, match="overlap"):
         svd_linear(x, [Part(y, A, E, B, 1.0, in_place=True)] * 2)
+    with pytest.raises(adalora.InvalidArgumentError, match=r"parts: expected at least one, found none"):
+        svd_linear(x, [])
     good = Part(y, A, E, B, 1.0)
     with pytest.raises(adalora.InvalidArgumentError, match=r"parts\[1\]\.y: expected torch.float32 as the first"):
         svd_linear(x, [good, good._replace(y=y.double())])

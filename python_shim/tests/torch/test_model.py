@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import adalora
@@ -481,6 +482,23 @@ def test_gradient_checkpointing_where_no_input_is_shared(x, use_reentrant):
     assert all(map(torch.equal, *results))
 
 
+def test_inference_does_not_compute_in_vain(x, calls):
+    model = crossed().eval()
+    other = torch.randn(2, 6, 24)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x, other)
+    assert calls == [3, 1, 1] + [1, 1, 1] * 2
+
+
+def test_a_model_that_was_made_in_inference_mode(x):
+    with torch.inference_mode():
+        model = crossed()
+    expected = crossed()
+    with torch.no_grad():
+        assert torch.equal(model(x, x), expected(x, x))
+
+
 def test_siblings_of_different_widths(x):
     model = Attention()
     model.key, model.value = nn.Linear(30, 24), nn.Linear(30, 24)
@@ -560,8 +578,9 @@ def test_several_adapters_on_one_model(x):
         adapt(model, config(inference_mode=True), "second")
     with pytest.raises(InvalidArgumentError, match=r"expected one of \['default', 'second'\], found 'third'"):
         set_adapter(model, "third")
-    with pytest.raises(InvalidArgumentError, match="without dots"):
-        adapt(model, config(inference_mode=True), "a.b")
+    for name, message in (("a.b", "without dots"), ("", "without dots"), ("pop", "ParameterDict has no use for")):
+        with pytest.raises(InvalidArgumentError, match=message):
+            adapt(model, config(inference_mode=True), name)
 
     delete_adapter(model, "second")
     assert torch.equal(model(x), alone)
@@ -692,6 +711,41 @@ def test_a_safe_merge_changes_all_layers_or_none(x):
     assert not any(layer.merged_adapters for layer in named_adapters(model).values())
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in state.items() if name.endswith("weight"))
+
+
+def test_a_weight_that_is_computed_is_not_merged_into():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    adapt(model, config(target_modules="all-linear", init_lora_weights=False))
+    with pytest.raises(adalora.UnsupportedError, match="found one that is computed"):
+        merge(model)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_the_default_type_does_not_matter(safe_merge):
+    torch.set_default_dtype(torch.float64)
+    try:
+        merge(network(torch.float32), safe_merge)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_modes_that_keep_outputs(x):
+    class Keeps(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            self.kept += [(output, output.clone())] if func is torch.ops.aten.addmm.default else []
+            return output
+
+    model = network()
+    randomize(model)
+    with Keeps() as mode:
+        model(x)
+    assert len(mode.kept) >= 8
+    assert all(torch.equal(*pair) for pair in mode.kept)
 
 
 def test_merging_several_adapters(x):

@@ -23,7 +23,7 @@ from peft_runs import (
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from adalora import InvalidArgumentError, UnsupportedError
+from adalora import CorruptDataError, InvalidArgumentError, UnsupportedError
 from adalora.torch import AdaLoraConfig, AdamW, RankAllocator, adapt
 
 with warnings.catch_warnings():
@@ -388,6 +388,56 @@ def test_a_clipped_gradient_is_forgotten_with_the_gradient():
     for wrong in (0, -1.0, float("nan")):
         with pytest.raises(InvalidArgumentError, match="max_norm: expected a number above 0"):
             optimizer.clip_grad_norm_(wrong)
+
+
+def test_a_clip_does_not_outlive_what_it_measured():
+    data = batches(3)
+    models = [begin() for _ in range(2)]
+    for model, optimizer in models:
+        if optimizer is models[0][1]:
+            loss_of(model, data[0]).backward()
+            optimizer.clip_grad_norm_(1e-3)
+            # Not by the optimiser, which would forget the clip itself.
+            model.zero_grad()
+        loss_of(model, data[1]).backward()
+        optimizer.step()
+    assert_equal(*(snapshot(*each) for each in models))
+
+
+def test_edits_of_groups_are_honoured():
+    data = batches(3)
+    results = []
+    for kind in (AdamW, torch.optim.AdamW):
+        model = network(torch.float64)
+        adapter, other = list(adapters(model).values()), [p for n, p in trained(model).items() if "lora_" not in n]
+        held = other.pop()
+        given = [{"params": adapter + other}, {"params": [], "lr": 0.1, "weight_decay": 0.3}]
+        optimizer = kind(given, RankAllocator(model), lr=1e-2) if kind is AdamW else kind(given, lr=1e-2)
+        for k, batch in enumerate(data):
+            if k == 1:
+                optimizer.param_groups[0]["params"].append(held)
+                optimizer.param_groups[1]["params"] += [optimizer.param_groups[0]["params"].pop(0) for _ in range(3)]
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            held.grad = None if k == 0 else held.grad
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_damaged_state_changes_nothing():
+    model, optimizer = begin()
+    train(model, optimizer, batches(3))
+    before = snapshot(model, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    lr = state["param_groups"][0]["lr"]
+    state["param_groups"][0]["lr"] = 9.0
+    state["allocator"]["state"] = state["allocator"]["state"][:-3]
+    with pytest.raises(CorruptDataError):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == lr
+    assert_equal(snapshot(model, optimizer), before)
 
 
 def test_an_adapter_without_gradients_is_left_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,10 @@ class RankAllocator:
 
     def parameters(self) -> list[nn.Parameter]:
         """A, E and B of every layer, in order."""
-        return [holder[self.adapter_name] for holder in self._holders]
+        try:
+            return [holder[self.adapter_name] for holder in self._holders]
+        except KeyError:
+            raise InvalidStateError(f"model: expected the adapter {self.adapter_name!r}, found it deleted") from None
 
     # Training
 
@@ -115,7 +119,7 @@ class RankAllocator:
 
         """
         self._place_with_gradients("update_and_allocate")
-        self._step.fill_(global_step)
+        self._step.fill_(operator.index(global_step))
         self._native.step(self._importance_values, with_adamw=False, stream=self._stream)
         increment_version(self.parameters()[1::3])
 
@@ -283,7 +287,7 @@ class RankAllocator:
 
     def adamw_step(self, global_step: int) -> None:
         """AdamW, importance and mask in one pass, from `grad_factor` and `found_inf`; after `place`."""
-        self._step.fill_(global_step)
+        self._step.fill_(operator.index(global_step))
         self._native.step(self._adamw_values, stream=self._stream)
         increment_version(self.parameters())
 
@@ -380,7 +384,7 @@ class RankAllocator:
                     if i not in self._no_gradients:
                         self._no_gradients[i] = torch.zeros_like(params[i])
                     grads[i] = self._no_gradients[i]
-        self._has_grad.copy_(torch.tensor(present, dtype=torch.uint8))
+        self._has_grad.copy_(torch.tensor(present, dtype=torch.uint8, device="cpu"))
         self._all_have_grad = all(present)
         return any(present)
 
@@ -436,13 +440,13 @@ class _OrthogonalityLoss(torch.autograd.Function):
     def forward(ctx: Any, allocator: RankAllocator, weight: float | None, *params: Tensor) -> Tensor:
         value, grads = allocator._penalty_and_gradients(weight, params)
         ctx.dtypes = [p.dtype for p in params]
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*grads, *params)
         return value.to(state_dtype(params[0]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = torch._foreach_mul(ctx.saved_tensors, d)
+        scaled = torch._foreach_mul(ctx.saved_tensors[: len(ctx.dtypes)], d)
         grads = [
             g.to(dtype) if k % 3 != 1 else None for k, (g, dtype) in enumerate(zip(scaled, ctx.dtypes, strict=True))
         ]

@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import re
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -22,6 +23,9 @@ TASK_HEADS = {
     "FEATURE_EXTRACTION": (),
 }
 """For each of PEFT's task types, names of new heads: they are trained whole, as if `modules_to_save` named them."""
+
+# Larger integers are no float64.
+_LARGEST = sys.float_info.max
 
 # Options of PEFT's configuration that AdaLoRA does not have: each is off where its value is empty.
 _OPTIONS = (
@@ -269,11 +273,14 @@ class AdaLoraConfig:
         value = _index(getattr(self, name))
         if value is None or value < least:
             _refuse(name, f"an integer, {least} or more", getattr(self, name))
+        if value >= 2**63:
+            _refuse(name, "an integer below 2^63", value)
         setattr(self, name, value)
 
     def _number(self, name: str, expected: str, fits: Any) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(value):
+        too_large = isinstance(value, int) and value > _LARGEST
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(value) or too_large:
             _refuse(name, expected, value)
         if not isinstance(value, int):
             setattr(self, name, float(value))

@@ -136,6 +136,8 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
         One output for each part, of y's shape and type.
 
     """
+    if not parts:
+        raise InvalidArgumentError("parts: expected at least one, found none")
     dtype = parts[0].y.dtype
     if dtype not in DTYPES:
         expected = ", ".join(NAMES.values())
@@ -182,7 +184,7 @@ def _check(part: Part, name: str, x: Tensor, dtype: torch.dtype) -> None:
             raise InvalidArgumentError(f"{name}{field}: expected a tensor on {x.device}, found one on {tensor.device}")
     if part.y.dtype != dtype:
         raise InvalidArgumentError(f"{name}y: expected {dtype} as the first, found {part.y.dtype}")
-    if part.in_place and not part.y.is_contiguous():
+    if part.in_place and not (part.y.is_contiguous() and not part.y.is_neg()):
         raise InvalidArgumentError(
             f"{name}y: expected a contiguous tensor to overwrite, found strides {list(part.y.stride())}"
         )
@@ -205,11 +207,23 @@ class _Plan(NamedTuple):
     in_place: tuple[bool, ...]
 
 
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated again: what they depend on leads to an error."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.detach() for tensor in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("an adapter's gradients cannot be differentiated again: they are once_differentiable")
+
+
 def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Let a backward pass give gradients that cannot be differentiated again, and say so where that is tried.
 
-    PyTorch's decorator of this name takes gradients for constants where the incoming one is: but they depend on the
-    parameters too.
+    PyTorch's decorator of this name takes them for constants where the incoming gradient is one: but they depend on
+    what was saved, too.
     """
 
     @wraps(backward)
@@ -218,11 +232,10 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
             outputs = backward(ctx, *args)
         if not torch.is_grad_enabled():
             return outputs
-        refuse = torch._C._functions.DelayedError(
-            b"an adapter's gradients cannot be differentiated again: they are marked with once_differentiable",
-            len(outputs),
-        )
-        return refuse(*(None if output is None else output.detach().requires_grad_() for output in outputs))
+        sources = [t for t in (*ctx.saved_tensors, *args) if t is not None and t.requires_grad]
+        given = [output for output in outputs if output is not None]
+        refusing = iter(_Once.apply(len(given), *given, *sources))
+        return tuple(None if output is None else next(refusing) for output in outputs)
 
     return run
 
@@ -240,10 +253,9 @@ class _SVDLinear(torch.autograd.Function):
         outputs = _forward(plan, seeds, rows, tensors, h)
         ctx.plan = plan
         params = (t for k in range(0, len(tensors), 4) for t in tensors[k + 1 : k + 4])
-        ctx.save_for_backward(rows, h, seeds, *weights, *params)
+        ctx.save_for_backward(x, h, seeds, *weights, *params)
         ctx.mark_dirty(*(y for y, dirty in zip(tensors[::4], plan.in_place, strict=True) if dirty))
         ctx.set_materialize_grads(False)
-        ctx.x_shape = x.shape
         return tuple(outputs)
 
     @staticmethod
@@ -251,6 +263,7 @@ class _SVDLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, seeds, *others = ctx.saved_tensors
         plan, weights, params = ctx.plan, others[: len(dys)], others[len(dys) :]
+        shape, x = x.shape, _rows(x)
         # An output that the loss does not depend on has no gradient to give on.
         rows = {k: _rows(dy) for k, dy in enumerate(dys) if dy is not None}
         dx = None
@@ -273,7 +286,7 @@ class _SVDLinear(torch.autograd.Function):
         return (
             None,
             None,
-            None if dx is None else dx.view(ctx.x_shape),
+            None if dx is None else dx.view(shape),
             None,
             *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
         )
@@ -282,7 +295,7 @@ class _SVDLinear(torch.autograd.Function):
 def _forward(plan: _Plan, seeds: Tensor | None, x: Tensor, tensors: Sequence[Tensor], h: Tensor | None) -> list[Tensor]:
     tokens = x.shape[0]
     outputs = [
-        y if in_place else y.clone(memory_format=torch.contiguous_format)
+        y if in_place else y.resolve_neg().clone(memory_format=torch.contiguous_format)
         for y, in_place in zip(tensors[::4], plan.in_place, strict=True)
     ]
     call = _call(plan.adapters)
@@ -450,6 +463,8 @@ def _stream(device: torch.device) -> int | None:
 def _rows(tensor: Tensor) -> Tensor:
     """A tensor as rows of features, one element after the other in a row."""
     features = tensor.shape[-1]
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.is_contiguous():
         return tensor if tensor.dim() == 2 else tensor.view(tensor.shape[:-1].numel(), features)
     rows = tensor.reshape(tensor.shape[:-1].numel(), features)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arrays import Triplets
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, UnsupportedError
 from .functional import Part, context, native_adapter, svd_linear
 
 
@@ -181,7 +181,8 @@ class SVDLinear(nn.Module):
     def _may_overwrite(self, y: Tensor) -> bool:
         """Whether nobody but us can hold y."""
         own = self._base_is_plain() and not y._is_view() and not (y.is_leaf and y.requires_grad)
-        return own and y.is_contiguous()
+        # A mode that sees every operator may keep its output.
+        return own and y.is_contiguous() and torch._C._len_torch_dispatch_stack() == 0
 
     # Merging
 
@@ -211,6 +212,10 @@ class SVDLinear(nn.Module):
             InvalidArgumentError: with `safe_merge`, a merged element is not finite.
 
         """
+        if "weight" not in self.base_layer._parameters:
+            raise UnsupportedError(
+                "merge: expected a base layer whose weight is a parameter of its own, found one that is computed"
+            )
         merged = self.merged_weight(adapter_names, safe_merge)
         weight = self.base_layer.weight
         if backup and not self.merged_adapters:
@@ -227,7 +232,7 @@ class SVDLinear(nn.Module):
 
         """
         weight = self.base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
-        non_finite = torch.zeros(1, device=weight.device) if finite else None
+        non_finite = torch.zeros(1, dtype=torch.float32, device=weight.device) if finite else None
         names = self._to_merge(adapter_names)
         for name in names:
             self._native(name).merge(
@@ -295,7 +300,7 @@ class SharedInput:
     The first layer computes the outputs of all, in one node of autograd's graph, and the others find theirs here. Where
     one of them is not called, or is given something else after all (as in attention from one sequence to another), it
     computes for itself, and from the next change of the parameters on all do: not before, since gradient checkpointing
-    repeats in backward what forward did. The results are the same to rounding.
+    repeats in backward what forward did. The results are the same to rounding; the outputs go backward together.
 
     Args:
         layers: siblings, in the order of their calls.
@@ -320,6 +325,8 @@ class SharedInput:
                     self._waiting[thread] = waiting
                 if y is not None:
                     return y
+            elif not (first.training or torch.is_grad_enabled()):
+                self.separate()
             elif self._apart_after is None:
                 self._apart_after = self._versions()
         if layer is not first:
@@ -354,15 +361,12 @@ class SharedInput:
 
     def _versions(self) -> tuple[Any, ...]:
         """Which parameters there are, and which changes of theirs."""
-        return tuple((id(p), p._version) for layer in self.layers for p in self._parameters(layer))
-
-    @staticmethod
-    def _parameters(layer: SVDLinear) -> list[Tensor]:
-        base = layer.base_layer
-        found = [base.weight] if base.bias is None else [base.weight, base.bias]
-        for adapter_name in layer.active_adapters:
-            found += layer.triplets(adapter_name)
-        return found
+        found = []
+        for layer in self.layers:
+            found += (layer.base_layer.weight, layer.base_layer.bias)
+            for adapter_name in layer.active_adapters:
+                found += layer.triplets(adapter_name)
+        return tuple((id(p), None if p is None or p.is_inference() else p._version) for p in found)
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:
         """What the waiting outputs depend on beside x itself."""
@@ -372,7 +376,7 @@ class SharedInput:
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             *(self._goes_along(layer) for layer in self.layers),
-            *(layer.scaling(name) for layer in self.layers for name in layer.active_adapters),
+            *((layer.scaling(n), layer.lora_dropout[n]) for layer in self.layers for n in layer.active_adapters),
             self.layers[0].training,
         )
         return *modes, *self._versions()

@@ -257,5 +257,11 @@ def _without_effect(
         others = [each for each in owners.get(id(_base(module).weight), ()) if each not in (path, f"{path}.base_layer")]
         if others:
             yield f"{path}: shares its weight with {others[0]}, where the adapter does not act, but merging it does"
-        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
             yield f"{path}: torch.nn.MultiheadAttention reads its weight and never calls it: its adapter does nothing"
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            yield (
+                f"{path}: in evaluation without gradients torch.nn.TransformerEncoderLayer reads its weight and does "
+                "not call it: merge the adapter there"
+            )

@@ -51,8 +51,12 @@ def adapt(
 
     """
     configs: dict[str, AdaLoraConfig] = getattr(model, "adalora_config", {})
-    if not adapter_name or "." in adapter_name or not isinstance(adapter_name, str):
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise InvalidArgumentError(f"adapter_name: expected a name without dots, found {adapter_name!r}")
+    if hasattr(nn.ParameterDict, adapter_name):
+        raise InvalidArgumentError(
+            f"adapter_name: expected a name that torch.nn.ParameterDict has no use for, found {adapter_name!r}"
+        )
     if adapter_name in configs:
         raise InvalidArgumentError(f"adapter_name: expected a name other than {list(configs)}, found {adapter_name!r}")
     trained = [name for name, other in configs.items() if not other.inference_mode]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -96,6 +97,7 @@ class AdamW(torch.optim.AdamW):
             squares += get_total_norm(others).to(squares) ** 2
         norm = squares.sqrt()
         self._clip = norm, float(max_norm)
+        self._measured = [(weakref.ref(g), g._version) for g in self._gradients()]
         wide = torch.float64 in {t.dtype for t in (*allocator.parameters(), *others)}
         return norm if wide else norm.float()
 
@@ -115,6 +117,9 @@ class AdamW(torch.optim.AdamW):
         allocator = self.allocator
         allocator.place()
         clip, self._clip = self._clip, None
+        if clip is not None and not self._are_measured():
+            # Somebody dropped the gradients that were measured, and began anew.
+            clip = None
         # Where a GradScaler is at work, it has looked already.
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None:
@@ -148,6 +153,13 @@ class AdamW(torch.optim.AdamW):
         """
         self._check_options(state_dict["param_groups"])
         groups = [{**group, "fused": True, "foreach": None} for group in state_dict["param_groups"]]
+        found, expected = ([len(group["params"]) for group in each] for each in (groups, self.param_groups))
+        if found != expected:
+            raise InvalidArgumentError(f"param_groups: expected {expected} parameters by group, found {found}")
+        if "allocator" in state_dict:
+            # First, since it checks all before it changes anything.
+            self.allocator.load_state_dict(state_dict["allocator"])
+            self.global_step = int(state_dict["global_step"])
         super().load_state_dict({**state_dict, "param_groups": groups})
         mine = set(self.allocator.parameters())
         numbers = chain.from_iterable(group["params"] for group in groups)
@@ -159,9 +171,6 @@ class AdamW(torch.optim.AdamW):
             if source:
                 # What was loaded stays the caller's.
                 self.state[p] = {name: tensor.to(p.device, dtype, copy=True) for name, tensor in source.items()}
-        if "allocator" in state_dict:
-            self.allocator.load_state_dict(state_dict["allocator"])
-            self.global_step = int(state_dict["global_step"])
         self._pairing = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -182,7 +191,8 @@ class AdamW(torch.optim.AdamW):
         """Give the allocator hyperparameters, and its parameters' moments where they are not those that it knows."""
         allocator = self.allocator
         params = allocator.parameters()
-        key = [(id(p), p.dtype, p.device) for p in params]
+        groups = [list(map(id, group["params"])) for group in self.param_groups]
+        key = groups, [(id(p), p.dtype, p.device) for p in params]
         if self._pairing == key and allocator.moments is self._moments and self._state_is_known():
             self._set_hypers()
             return
@@ -199,13 +209,13 @@ class AdamW(torch.optim.AdamW):
         states: list[dict[str, Tensor]] = [self.state[p] if p in numbers else {} for p in params]
         # PyTorch's steps, one for each parameter; and the library's, one for each adapter.
         self._steps = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
-        self._clocks = torch.zeros(len(allocator.layers), dtype=torch.int64)
+        self._clocks = torch.zeros(len(allocator.layers), dtype=torch.int64, device="cpu")
         for k, (p, state) in enumerate(zip(params, states, strict=True)):
             self._steps[k] = state.get("step", 0)
             state["step"] = self._steps[k]
             for name in ("exp_avg", "exp_avg_sq"):
                 moment = state.get(name)
-                state[name] = torch.zeros(p.shape) if moment is None else moment
+                state[name] = torch.zeros_like(p) if moment is None else moment
                 state[name] = state[name].to(p.device, state_dtype(p)).contiguous()
         steps = self._steps.view(-1, 3).tolist()
         for path, found in zip(allocator.layers, steps, strict=True):
@@ -234,7 +244,7 @@ class AdamW(torch.optim.AdamW):
         groups = self.param_groups
         rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
         if rates != self._rates:
-            self._rate_values.copy_(torch.tensor(rates, dtype=torch.float64))
+            self._rate_values.copy_(torch.tensor(rates, dtype=torch.float64, device="cpu"))
             self._rates = rates
         constants = [(*map(float, group["betas"]), float(group["eps"])) for group in groups]
         if constants != self._constants:
@@ -246,6 +256,16 @@ class AdamW(torch.optim.AdamW):
 
     def _other_gradients(self) -> list[Tensor]:
         return [p.grad for group in self._others for p in group if p.grad is not None]
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _are_measured(self) -> bool:
+        """Whether the gradients are those that `clip_grad_norm_` saw."""
+        grads = self._gradients()
+        return len(grads) == len(self._measured) and all(
+            ref() is g and version == g._version for g, (ref, version) in zip(grads, self._measured, strict=True)
+        )
 
     def _look_for_inf(self, clip: tuple[Tensor, float] | None) -> None:
         """Note whether a gradient of any parameter is not finite."""
