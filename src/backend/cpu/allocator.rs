@@ -386,8 +386,10 @@ impl CpuAllocator {
             // SAFETY: the panel's elements; the product has rank times rank.
             unsafe {
                 let p = self.rows_of(panel, rank, (begin, n), |s| s.p, scratch.p);
-                for row in (0..rank).step_by(4) {
-                    let (rows, columns) = (4.min(rank - row), rank - row);
+                // Little more than the triangle, in as many rows as the kernels take together.
+                let together = if panel.factor == Factor::A { 4 } else { 12 };
+                for row in (0..rank).step_by(together) {
+                    let (rows, columns) = (together.min(rank - row), rank - row);
                     let to = Rows::new(product.from(row).data.wrapping_add(row), rank);
                     if panel.factor == Factor::A {
                         dot(isa, (rows, columns, n), p.from(row), p.from(row), to);

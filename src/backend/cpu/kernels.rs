@@ -243,6 +243,10 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
+    if length <= V::LANES {
+        // SAFETY: as this function asks.
+        return unsafe { accumulate_narrow::<V>((m, depth, length), c, p, out) };
+    }
     let wide = W * V::LANES;
     let (row_groups, column_groups) = (m.div_ceil(M), length.div_ceil(wide));
     let (outer, inner) = if order == Order::ByRow { (row_groups, column_groups) } else { (column_groups, row_groups) };
@@ -264,6 +268,43 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
                     Order::ByColumn => accumulate_tiles::<V, M, W, false, false>((rows, depth, columns), c, p, out),
                 }
             }
+        }
+    }
+}
+
+/// Rows of one vector: as many together as it takes to keep the units busy while each waits for its own sum.
+///
+/// # Safety
+/// As [`accumulate`], for at most as many columns as a vector has lanes.
+#[inline(always)]
+unsafe fn accumulate_narrow<V: Vector>(
+    (m, depth, length): (usize, usize, usize),
+    c: Coefficients<V::Element>,
+    p: Rows<V::Element>,
+    out: Rows<V::Element>,
+) {
+    if length == 0 {
+        return;
+    }
+    let mut i = 0;
+    while i < m {
+        let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
+        // SAFETY: as this function asks.
+        unsafe {
+            i += match m - i {
+                12.. => {
+                    accumulate_tile::<V, 12, 1, false, false, true>((depth, length), c, p, out.from(i));
+                    12
+                }
+                4.. => {
+                    accumulate_tile::<V, 4, 1, false, false, true>((depth, length), c, p, out.from(i));
+                    4
+                }
+                _ => {
+                    accumulate_tile::<V, 1, 1, false, false, true>((depth, length), c, p, out.from(i));
+                    1
+                }
+            };
         }
     }
 }
@@ -381,7 +422,7 @@ mod tests {
 
     fn products_match_plain_loops<T: Real + std::fmt::Debug>() {
         for isa in isas() {
-            for m in [1, 2, 3, 4, 5, 9] {
+            for m in [1, 2, 3, 4, 5, 9, 13, 29] {
                 for n in [1, 2, 3, 4, 7] {
                     for length in [1, 3, 4, 8, 11, 24, 25, 33, 50] {
                         let (x, p) = (numbers::<T>(m * (length + 2), 1), numbers::<T>(n * (length + 1), 2));
