@@ -169,32 +169,36 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands."""
+    """Where a run stands.
+
+    Attributes:
+        pattern: for each adapter, which of its triplets are kept.
+        ranks: for each adapter, how many.
+        adam_steps: for each adapter, updates that AdamW applied.
+        last_step: the step of the last selection; -1 before the first.
+        skipped: updates that were suppressed because a gradient was not finite.
+        irregular: selections whose step was not above the one before.
+        selections: how often the pattern was chosen anew.
+        budget: budget at the last step, in the allocator's unit.
+        live_triplets: triplets kept, over all adapters.
+        live_parameters: their parameters.
+        has_pattern: whether a pattern was chosen or set; else everything is kept.
+        is_final: whether the pattern is final.
+
+    """
 
     pattern: list[np.ndarray]
-    """For each adapter, which of its triplets are kept."""
     ranks: list[int]
-    """For each adapter, how many."""
     adam_steps: list[int]
-    """For each adapter, updates that AdamW applied."""
     last_step: int
-    """The step of the last selection; -1 before the first."""
     skipped: int
-    """Updates that were suppressed because a gradient was not finite."""
     irregular: int
-    """Selections whose step was not above the one before."""
     selections: int
-    """How often the pattern was chosen anew."""
     budget: int
-    """Budget at the last step, in the allocator's unit."""
     live_triplets: int
-    """Triplets kept, over all adapters."""
     live_parameters: int
-    """Their parameters."""
     has_pattern: bool
-    """Whether a pattern was chosen or set; else everything is kept."""
     is_final: bool
-    """Whether the pattern is final."""
 
 
 @dataclass

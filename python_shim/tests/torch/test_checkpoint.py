@@ -629,9 +629,12 @@ def test_arguments_agree(tmp_path):
     save_training_state(tmp_path, optimizer=one, mine=two, scheduler=None)
     loaded = Holder(), Holder()
     for given, text in (
-        ({"optimizer": loaded[0]}, "expected objects for 'optimizer', as the arguments are, found 'mine', 'optimizer'"),
-        ({"optimizer": loaded[0], "mine": loaded[1], "scheduler": Holder()}, "'scheduler', as .*, found 'mine', 'opti"),
-        ({}, "expected objects for nothing, as the arguments are, found 'mine', 'optimizer'"),
+        ({"optimizer": loaded[0]}, "expected arguments for what it holds, 'mine', 'optimizer', found 'optimizer'"),
+        (
+            {"optimizer": loaded[0], "mine": loaded[1], "scheduler": Holder()},
+            "found 'mine', 'optimizer', 'scheduler'",
+        ),
+        ({}, "expected arguments for what it holds, 'mine', 'optimizer', found none"),
         (
             {"optimizer": loaded[0], "mine": 5},
             "mine: expected an object with state_dict .*, found int",

@@ -22,9 +22,11 @@ from adalora.torch import (
     delete_adapter,
     disable_adapters,
     get_config,
+    load_adapter,
     merge,
     merge_and_unload,
     named_adapters,
+    save_adapter,
     set_adapter,
     unload,
     unmerge,
@@ -574,7 +576,7 @@ def test_several_adapters_on_one_model(x):
 
     with pytest.raises(InvalidArgumentError, match=r"expected inference_mode, since the adapter 'default' is trained"):
         adapt(model, config(), "third")
-    with pytest.raises(InvalidArgumentError, match=r"expected a name other than \['default', 'second'\]"):
+    with pytest.raises(InvalidArgumentError, match=r"expected a new name, found 'second', which the model has"):
         adapt(model, config(inference_mode=True), "second")
     with pytest.raises(InvalidArgumentError, match=r"expected one of \['default', 'second'\], found 'third'"):
         set_adapter(model, "third")
@@ -608,6 +610,34 @@ def test_a_failed_adapt_leaves_the_model_alone():
         assert {name: type(module) for name, module in model.named_modules()} == before
         assert all(p.requires_grad for p in model.parameters())
         assert not hasattr(model, "adalora_config")
+
+
+def test_what_is_trained_whole_goes_with_the_first_adapter(tmp_path):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    for changed in ({"bias": "all"}, {"modules_to_save": ["head"]}):
+        further = config(inference_mode=True, **changed)
+        with pytest.raises(InvalidArgumentError, match="a model has one copy, which 'default' uses too"):
+            adapt(model, further, "second")
+        save_adapter(network(**changed), tmp_path)
+        with pytest.raises(InvalidArgumentError, match="a model has one copy, which 'default' uses too"):
+            load_adapter(model, tmp_path, "second")
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_what_comes_from_peft_is_pointed_out():
+    with pytest.raises(InvalidArgumentError, match=r"expected one without PEFT's adapters, found one at .*query"):
+        adapt(with_peft(network()), config())
+    theirs = peft.AdaLoraConfig(**SETTINGS)
+    with pytest.raises(
+        InvalidArgumentError, match=r"found <class 'peft.*AdaLoraConfig.from_dict\(config.to_dict\(\)\)"
+    ):
+        adapt(Network(), theirs)
+    assert named_adapters(adapt(Network(), AdaLoraConfig.from_dict(theirs.to_dict())))
+    with pytest.raises(InvalidArgumentError, match="expected one with adapters, found none: call adapt"):
+        get_config(Network(), "default")
 
 
 def test_the_callers_configuration_stays_as_it_is():
@@ -755,6 +785,9 @@ def test_merging_several_adapters(x):
     set_adapter(model, ["default", "second"])
     expected = model(x)
     merge(model, adapter_names=["second"])
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in trained(model).values())
     merge(model)
     assert model.mix.merged_adapters == ["second", "default"]
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

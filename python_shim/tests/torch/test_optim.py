@@ -23,7 +23,7 @@ from peft_runs import (
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from adalora import CorruptDataError, InvalidArgumentError, UnsupportedError
+from adalora import CorruptDataError, InvalidArgumentError, InvalidStateError, UnsupportedError
 from adalora.torch import AdaLoraConfig, AdamW, RankAllocator, adapt
 
 with warnings.catch_warnings():
@@ -402,6 +402,25 @@ def test_a_clip_does_not_outlive_what_it_measured():
         loss_of(model, data[1]).backward()
         optimizer.step()
     assert_equal(*(snapshot(*each) for each in models))
+
+
+def test_the_allocator_is_not_asked_twice():
+    model, optimizer = begin()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    with pytest.raises(InvalidStateError, match="whose step does it already"):
+        optimizer.allocator.update_and_allocate(0)
+    with pytest.raises(InvalidArgumentError, match="allocator: expected a RankAllocator, found float"):
+        AdamW(groups(model), 1e-3)
+
+
+def test_a_state_of_another_budget_is_refused():
+    model, optimizer = begin()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    other = RankAllocator(model, budget_unit="parameters")
+    with pytest.raises(InvalidArgumentError, match="budget_unit: expected 'parameters', found a state that counts"):
+        other.load_state_dict(optimizer.allocator.state_dict())
 
 
 def test_edits_of_groups_are_honoured():

@@ -16,6 +16,7 @@ from .functional import _stream, context, native_adapter, once_differentiable
 from .layers import SVDLinear
 from .model import get_config, named_adapters
 
+_UNITS = ("triplets", "parameters")
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -115,9 +116,13 @@ class RankAllocator:
         which does the same. A step whose gradients are not finite leaves importance as it is.
 
         Args:
-            global_step: number of the step.
+            global_step: number of the optimiser's step, from 0 on as in PEFT.
 
         """
+        if self.moments is not None:
+            raise InvalidStateError(
+                "update_and_allocate: expected another optimiser than adalora.torch.AdamW, whose step does it already"
+            )
         self._place_with_gradients("update_and_allocate")
         self._step.fill_(operator.index(global_step))
         self._native.step(self._importance_values, with_adamw=False, stream=self._stream)
@@ -208,7 +213,7 @@ class RankAllocator:
         """What a run needs beside parameters and the optimiser's state to go on bit for bit.
 
         The averages `exp_avg_ipt.<path>.A` and so on are the allocator's own tensors; `state` holds pattern, clocks and
-        counters as bytes.
+        counters as bytes. The schedule is not in it: it is the configuration's.
         """
         self.place()
         averages = zip(*self._averages, strict=True)
@@ -218,13 +223,18 @@ class RankAllocator:
             for name, tensor in zip(self.names, tensors, strict=True)
         }
         saved = self._native.save_state(stream=self._stream)
-        return {**state, "state": torch.frombuffer(bytearray(saved), dtype=torch.uint8)}
+        saved = torch.frombuffer(bytearray(saved), dtype=torch.uint8)
+        return {**state, "state": saved, "budget_unit": torch.tensor(_UNITS.index(self.budget_unit))}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing."""
         own = self.state_dict()
         _check_keys("state_dict", state_dict, own)
+        if state_dict["budget_unit"].item() != own.pop("budget_unit").item():
+            raise InvalidArgumentError(
+                f"budget_unit: expected {self.budget_unit!r}, found a state that counts otherwise"
+            )
         own.pop("state")
         for name, tensor in own.items():
             if state_dict[name].shape != tensor.shape:

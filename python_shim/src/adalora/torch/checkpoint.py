@@ -74,13 +74,14 @@ def load_adapter(
 
     Where the model does not have the adapter, it is put on as `adapt` does. Otherwise values are copied into the
     parameters that are there, whatever their device and type of element, and the adapter's configuration stays.
-    Triplets that PEFT left out, by the file's `rank_pattern`, are zero.
+    Triplets that PEFT left out, by the file's `rank_pattern`, are zero. To go on with a run, `load_training_state`
+    comes next; without it a new `RankAllocator` begins with all triplets, unless `set_rank_pattern` says which to keep.
 
     Args:
         model: any module; it is changed in place.
         folder: where the files are.
         adapter_name: the adapter's name in the model; the files hold none.
-        is_trainable: the new adapter is to be trained.
+        is_trainable: the new adapter is to be trained; False: it has `inference_mode`.
 
     Returns:
         The model.
@@ -254,7 +255,11 @@ def save_training_state(
 ) -> None:
     """Save what training needs to go on, beside the adapter: a file of tensors and JSON, without pickle.
 
-    Give each checkpoint a folder of its own, so that adapter and state are of the same step.
+    Give each checkpoint a folder of its own, so that adapter and state are of the same step, and save between steps of
+    the optimiser: gradients and the place in the data are not in it.
+
+    >>> save_adapter(model, folder)
+    >>> save_training_state(folder, optimizer=optimizer, scheduler=scheduler)
 
     Args:
         folder: made if it is not there.
@@ -293,6 +298,12 @@ def load_training_state(
 
     The file is read and checked as a whole first; then each object is given its state, in the order of the arguments.
 
+    >>> load_adapter(model, folder, is_trainable=True)
+    >>> optimizer = AdamW([p for p in model.parameters() if p.requires_grad], RankAllocator(model))
+    >>> load_training_state(folder, optimizer=optimizer)
+    >>> for step in range(optimizer.global_step, total_step):
+    ...     ...
+
     Args:
         folder: where the file is.
         allocator: as saved.
@@ -316,8 +327,7 @@ def load_training_state(
     generators = state.pop("rng", None)
     if state.keys() != objects.keys():
         raise InvalidArgumentError(
-            f"{path}: expected objects for {_few(objects) or 'nothing'}, as the arguments are, "
-            f"found {_few(state) or 'nothing'}"
+            f"{path}: expected arguments for what it holds, {_few(state) or 'nothing'}, found {_few(objects) or 'none'}"
         )
     if rng and generators is None:
         raise InvalidArgumentError(f"{path}: expected states of random generators (or rng=False), found none")

@@ -71,10 +71,11 @@ class AdaLoraConfig:
         beta1: decay of the average of sensitivity.
         beta2: decay of the average of its uncertainty.
         orth_reg_weight: weight of the orthogonality penalty.
-        total_step: number of training steps. Needed for training; with `inference_mode` it may be None, but PEFT does
-            not read such a configuration.
-        rank_pattern: which triplets of each layer are kept, as a list of bool by the name of its `lora_E`. Written by
-            training, read when an adapter is loaded.
+        total_step: number of the optimiser's steps (not of micro-batches) in the run; a shorter one ends above the
+            target, unless `RankAllocator.finalize` is called. Needed for training; with `inference_mode` it may be
+            None, but PEFT does not read such a configuration.
+        rank_pattern: which triplets of each layer PEFT kept in a file, as a list of bool by the name of its `lora_E`.
+            Read when an adapter is loaded, else not used: `RankAllocator.rank_pattern` has a run's.
         target_modules: which modules: a list of names, each a whole path or its end from a dot on; a regular expression
             for whole paths; or "all-linear". None: what is usual for `model.config.model_type`.
         exclude_modules: modules that are not adapted although they are targeted: names or a regular expression.

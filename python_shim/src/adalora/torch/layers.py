@@ -124,7 +124,7 @@ class SVDLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, and what the active adapters add to it."""
-        if self.disable_adapters or self.merged_adapters or not self.active_adapters:
+        if not self._added():
             return self.base_layer(x, *args, **kwargs)
         if self.shared_input is not None and not args and not kwargs:
             return self.shared_input.output(self, x)
@@ -138,7 +138,7 @@ class SVDLinear(nn.Module):
         for layer, weight in zip(layers, weights, strict=True):
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight is None):
                 outputs.append(layer.base_layer(x, *args, **kwargs))
-        for adapter_name in layers[0].active_adapters:
+        for adapter_name in layers[0]._added():
             parts = [
                 Part(
                     y,
@@ -155,6 +155,12 @@ class SVDLinear(nn.Module):
             outputs = svd_linear(x, parts)
             weights = [None] * len(layers)
         return outputs
+
+    def _added(self) -> list[str]:
+        """The adapters that the forward pass adds: the active ones that the base weight does not contain."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name not in self.merged_adapters]
 
     def _plain_weight(self, x: Tensor) -> Tensor | None:
         """The base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
@@ -201,6 +207,8 @@ class SVDLinear(nn.Module):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, backup: bool = True) -> None:
         """Add adapters to the base weight, so that the forward pass costs what the base layer costs.
+
+        Active adapters that are not merged go on beside; merged ones get no gradient.
 
         Args:
             safe_merge: look whether the result is finite, and change nothing where it is not.
@@ -350,10 +358,8 @@ class SharedInput:
         first = self.layers[0]
         return (
             other.shared_input is self
-            and other.active_adapters == first.active_adapters
+            and other._added() == first._added()
             and other.training == first.training
-            and not other.disable_adapters
-            and not other.merged_adapters
             # A hook that prepares the layer for its call, such as loading its weights, has not run yet.
             and not other._forward_pre_hooks
             and "forward" not in other.__dict__

@@ -214,6 +214,8 @@ def _refuse_no_match(
         if getattr(config, name) is not None:
             text += f" with {name}={getattr(config, name)!r}"
     text += ", which matches none"
+    if isinstance(targets, str) and targets.lower() != "all-linear":
+        text += " (a string is a regular expression for whole paths; give names as a list)"
     if excluded:
         text += f" (excluded by exclude_modules, modules_to_save and the task type: {excluded} modules)"
     # The first module of each name.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,8 +35,9 @@ def adapt(
 
     The model is changed in place: each target becomes the `base_layer` of an `SVDLinear`. The first adapter is active
     at once; further ones wait for `set_adapter`. One adapter at most may be trained: the others need
-    `inference_mode`. Siblings that usually read the same input (query, key and value; gate and up) are computed
-    together, see `SharedInput`.
+    `inference_mode`. Biases and modules that are trained whole exist once, and so go with a model's first adapter
+    alone. Siblings that usually read the same input (query, key and value; gate and up) are computed together, see
+    `SharedInput`.
 
     Args:
         model: any module; `model.adalora_config` receives a copy of the configuration under the adapter's name.
@@ -50,6 +52,9 @@ def adapt(
         InvalidArgumentError: nothing matches, a match cannot be adapted, or the name is taken. The model is unchanged.
 
     """
+    if not isinstance(config, AdaLoraConfig):
+        hint = "; AdaLoraConfig.from_dict(config.to_dict()) makes one of PEFT's" if hasattr(config, "to_dict") else ""
+        raise InvalidArgumentError(f"config: expected adalora.torch.AdaLoraConfig, found {type(config)}{hint}")
     configs: dict[str, AdaLoraConfig] = getattr(model, "adalora_config", {})
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise InvalidArgumentError(f"adapter_name: expected a name without dots, found {adapter_name!r}")
@@ -58,20 +63,30 @@ def adapt(
             f"adapter_name: expected a name that torch.nn.ParameterDict has no use for, found {adapter_name!r}"
         )
     if adapter_name in configs:
-        raise InvalidArgumentError(f"adapter_name: expected a name other than {list(configs)}, found {adapter_name!r}")
+        raise InvalidArgumentError(f"adapter_name: expected a new name, found {adapter_name!r}, which the model has")
     trained = [name for name, other in configs.items() if not other.inference_mode]
     if trained and not config.inference_mode:
         raise InvalidArgumentError(
             f"config: expected inference_mode, since the adapter {trained[0]!r} is trained already, found a second "
             "adapter to train"
         )
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    wrapped_by_peft = [path for path, each in model.named_modules() if peft and isinstance(each, peft.BaseTunerLayer)]
+    if wrapped_by_peft:
+        raise InvalidArgumentError(
+            f"model: expected one without PEFT's adapters, found one at {wrapped_by_peft[0]}: unload it first"
+        )
     config = copy.deepcopy(config)
     targets = matching_modules(model, config)
     beside = saved_modules(model, config)
+    if configs and (beside or config.bias != "none"):
+        what = next(iter(beside), "biases")
+        raise InvalidArgumentError(
+            f"config: expected a further adapter alone, found one with {what} trained whole: a model has one copy, "
+            f"which {next(iter(configs))!r} uses too; put it on another model"
+        )
     wrapped = {path: module if isinstance(module, SVDLinear) else SVDLinear(module) for path, module in targets.items()}
-    merged = [path for path, layer in wrapped.items() if layer.merged_adapters]
-    if merged:
-        raise InvalidStateError(f"model: expected adapters that are not merged, found {merged[0]} merged")
+    _refuse_merged(path for path, layer in wrapped.items() if layer.merged_adapters)
 
     if not configs:
         model.requires_grad_(False)
@@ -101,6 +116,13 @@ def adapt(
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in wrapped):
         _share_inputs(model.get_submodule(parent))
     return model
+
+
+def _refuse_merged(paths: Iterable[str]) -> None:
+    for path in paths:
+        raise InvalidStateError(
+            f"model: expected adapters that are not merged, found {path} merged: call unmerge first"
+        )
 
 
 def _train_beside(model: nn.Module, bias: str, layers: dict[str, SVDLinear], saved: dict[str, nn.Module]) -> None:
@@ -170,21 +192,26 @@ def named_adapters(model: nn.Module, adapter_name: str | None = "default") -> di
 
 def get_config(model: nn.Module, adapter_name: str) -> AdaLoraConfig:
     """The configuration of one of a model's adapters."""
-    configs = getattr(model, "adalora_config", {})
+    configs = getattr(model, "adalora_config", None)
+    if not configs:
+        raise InvalidArgumentError("model: expected one with adapters, found none: call adapt or load_adapter first")
     if adapter_name not in configs:
         raise InvalidArgumentError(f"adapter_name: expected one of {list(configs)}, found {adapter_name!r}")
     return configs[adapter_name]
 
 
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
-    """Choose which adapters the forward pass adds: one, several or none. What is trained stays as it is."""
+    """Choose which adapters the forward pass adds: one, several or none. What is trained stays as it is.
+
+    Raises:
+        InvalidStateError: an adapter is merged: call `unmerge` first.
+
+    """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     for name in names:
         get_config(model, name)
     layers = named_adapters(model, None)
-    merged = [path for path, layer in layers.items() if layer.merged_adapters]
-    if merged:
-        raise InvalidStateError(f"model: expected adapters that are not merged, found {merged[0]} merged")
+    _refuse_merged(path for path, layer in layers.items() if layer.merged_adapters)
     for layer in layers.values():
         layer.active_adapters = [name for name in names if name in layer.lora_A]
 
@@ -193,9 +220,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter; where it was a layer's last, the base layer takes its place again."""
     get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
-    merged = [path for path, layer in layers.items() if adapter_name in layer.merged_adapters]
-    if merged:
-        raise InvalidStateError(f"model: expected an adapter that is not merged, found {merged[0]} merged")
+    _refuse_merged(path for path, layer in layers.items() if adapter_name in layer.merged_adapters)
     for path, layer in layers.items():
         layer.delete_adapter(adapter_name)
         if not layer.lora_A:
@@ -205,7 +230,13 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Switch all adapters off: within, the model computes what it did before `adapt`. Merged ones are taken out."""
+    """Switch all adapters off, merged ones too: within, the model computes what it did before `adapt`.
+
+    Biases and modules that are trained whole stay as they are.
+
+    >>> with disable_adapters(model):
+    ...     model(**batch)
+    """
     layers = named_adapters(model, None).values()
     before = [(layer, layer.disable_adapters, layer.merged_adapters, layer._unmerged_weight) for layer in layers]
     try:
@@ -223,6 +254,8 @@ def merge(
     model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, backup: bool = True
 ) -> None:
     """Merge adapters into the base weights of all layers, or of none where it fails.
+
+    Active adapters that are not merged go on beside; merged ones get no gradient.
 
     Args:
         model: what `adapt` returned.

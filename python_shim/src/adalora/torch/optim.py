@@ -33,6 +33,9 @@ class AdamW(torch.optim.AdamW):
     gradient is not finite changes no parameter and no average; it is counted, and a mask that falls on it still
     happens. `torch.amp.GradScaler` hands over its scale and what it found.
 
+    `global_step` is the number of the next step, by which the schedule goes; it begins at 0, may be set, and is part of
+    `state_dict`. `allocator` is the allocator. `amsgrad`, `maximize` and the like are not served.
+
     Args:
         params: as for any optimiser; all of the allocator's trained parameters have to be among them at the first step.
         allocator: whose adapters.
@@ -52,6 +55,8 @@ class AdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
+        if not isinstance(allocator, RankAllocator):
+            raise InvalidArgumentError(f"allocator: expected a RankAllocator, found {type(allocator).__name__}")
         self.allocator = allocator
         self.global_step = 0
         """Number of the next step, by which the schedule goes."""
@@ -76,7 +81,8 @@ class AdamW(torch.optim.AdamW):
         """Let the next step see gradients whose norm, over all parameters, is at most `max_norm`.
 
         The norm and the factor are those of `torch.nn.utils.clip_grad_norm_`, but gradients are multiplied within the
-        step, and stay as they are until then. Of several calls before a step the last one counts.
+        step, and stay as they are until then. All parameters are meant. Of several calls before a step the last one
+        counts.
 
         Args:
             max_norm: above 0.
