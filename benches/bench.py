@@ -1,9 +1,9 @@
 """Time the library beside PEFT's AdaLoRA: one process, equal threads, turn by turn.
 
-    bench.py [--quick] [--threads N ...] [--dtype float32 bfloat16] [--output FILE]
+    bench.py [--quick] [--threads N ...] [--dtype float32 bfloat16] [--compile] [--output FILE]
 
 Prints a table and writes FILE (default: target/bench.json): `machine`, and `rows` with medians in milliseconds.
-README.md beside this file says what each operation covers.
+README.md beside this file says what each operation covers; plot.py draws what FILE holds.
 """
 
 from __future__ import annotations
@@ -40,11 +40,18 @@ ALPHA, ORTH_REG_WEIGHT, LR, MAX_NORM = 32, 0.5, 1e-4, 1.0
 # A schedule that masks on every step of the benchmark, and is far from its end.
 SCHEDULE = {"tinit": 1, "tfinal": 10, "deltaT": 1, "total_step": 1_000_000}
 FIRST_STEP = 100
-LINE = (
-    "{operation:20} {layers:>6} {in_features:>5} {out_features:>5} {rank:>4} {tokens:>6} {dtype:>9} {threads:>7} "
-    "{ours_ms:>9.3f} {peft_ms:>9.3f} {ratio:>6.2f}"
+COLUMNS = {
+    "operation": "{:26}", "layers": "{:>6}", "in_features": "{:>5}", "out_features": "{:>5}", "rank": "{:>4}",
+    "live_rank": "{:>4}", "tokens": "{:>6}", "dtype": "{:>8}", "threads": "{:>7}", "ours_ms": "{:>9}",
+    "peft_ms": "{:>9}", "compiled_ms": "{:>9}", "lora_ms": "{:>9}", "floor_ms": "{:>9}", "ratio": "{:>6}",
+    "over_floor": "{:>6}",
+}  # fmt: skip
+TITLES = (
+    *("operation", "layers", "in", "out", "rank", "live", "tokens", "dtype", "threads"),
+    *("ours ms", "PEFT ms", "compiled", "LoRA ms", "floor ms", "ratio", "/floor"),
 )
-TITLES = f"{'operation':20} layers    in   out rank tokens     dtype threads   ours ms   PEFT ms  ratio"
+# Elements that are copied, and rows of the matrices that are multiplied, to see what the machine can do.
+COPIED, MULTIPLIED = 1 << 26, 2048
 
 
 class Shape(NamedTuple):
@@ -56,16 +63,74 @@ class Shape(NamedTuple):
     rank: int
     tokens: int
 
+    @property
+    def parameters(self) -> int:
+        """Elements of A, E and B of all layers."""
+        return self.layers * self.rank * (self.in_features + self.out_features + 1)
+
 
 SHAPES = [
     Shape(24, 768, 768, 12, 512),
+    # How cost grows with tokens, rank and layers.
+    Shape(24, 768, 768, 12, 64),
     Shape(24, 768, 768, 12, 128),
     Shape(24, 768, 768, 12, 2048),
+    Shape(12, 768, 768, 12, 4096),
     Shape(24, 768, 768, 4, 512),
     Shape(24, 768, 768, 64, 512),
+    Shape(12, 768, 768, 12, 512),
+    Shape(36, 768, 768, 12, 512),
+    Shape(224, 768, 768, 12, 64),
+    # Other widths.
     Shape(24, 384, 1536, 12, 512),
     Shape(12, 768, 3072, 12, 512),
+    Shape(12, 1024, 4096, 12, 512),
+    Shape(6, 4096, 4096, 12, 512),
 ]
+
+
+class Machine(NamedTuple):
+    """What some threads of this machine can do, measured in this run."""
+
+    bytes_per_ms: float
+    """Read and written by a copy."""
+    flops_per_ms: float
+    """Of a product of large matrices of float32."""
+
+
+def measure() -> Machine:
+    """The better of several copies, and of several products."""
+    source, target = torch.zeros(COPIED), torch.empty(COPIED)
+    matrix, product = torch.randn(MULTIPLIED, MULTIPLIED), torch.empty(MULTIPLIED, MULTIPLIED)
+    copy = min(elapsed(lambda: target.copy_(source)) for _ in range(7))
+    multiply = min(elapsed(lambda: torch.mm(matrix, matrix, out=product)) for _ in range(5))
+    return Machine(2 * 4 * COPIED / copy, 2 * MULTIPLIED**3 / multiply)
+
+
+def elapsed(f: Callable[[], Any]) -> float:
+    """Milliseconds of one call."""
+    begin = time.perf_counter()
+    f()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def floor_ms(operation: str, shape: Shape, live_rank: int, dtype: torch.dtype, machine: Machine) -> float:
+    """No implementation takes less: the bytes that have to move, or the operations, whichever take longer."""
+    width = shape.in_features + shape.out_features
+    size = torch.finfo(dtype).bits // 8
+    if operation.startswith("forward_backward"):
+        # Forward reads x and adds to y; backward reads dy and x and adds to dx.
+        moved = shape.layers * shape.tokens * size * (width + shape.out_features + width + 2 * shape.in_features)
+        flops = 3 * 2 * shape.layers * shape.tokens * live_rank * width
+    elif operation == "orthogonality":
+        # Parameters are read, and gradients added to.
+        moved = 3 * 4 * shape.parameters
+        flops = 2 * 2 * shape.layers * shape.rank**2 * width
+    else:
+        # The norm reads gradients; the update reads parameters, gradients, moments and averages and writes all but
+        # the gradients.
+        moved, flops = 12 * 4 * shape.parameters, 0
+    return max(moved / machine.bytes_per_ms, flops / machine.flops_per_ms)
 
 
 class Prepared(nn.Linear):
@@ -111,6 +176,27 @@ class Peft:
         for layer, x, dy in zip(self.layers, self.x, self.dy, strict=True):
             layer(x).backward(dy)
 
+    def zero_y(self) -> None:
+        """PEFT adds to the base layers' output in place: begin anew."""
+        for layer in self.layers:
+            layer.base_layer.y.zero_()
+
+    def lora(self) -> None:
+        """As `forward_backward`, by plain LoRA of the same rank in PyTorch's operators."""
+        for p in (*self.trained, *self.x):
+            p.grad = None
+        for (A, _, B), layer, x, dy in zip(self.params, self.layers, self.x, self.dy, strict=True):
+            y = layer.base_layer(x)
+            y += (x.to(A.dtype) @ A.T @ B.T) * (ALPHA / len(A))
+            y.backward(dy)
+
+    def compiled(self) -> None:
+        """As `forward_backward`, with PEFT's expression compiled."""
+        for p in (*self.trained, *self.x):
+            p.grad = None
+        for (A, E, B), layer, x, dy in zip(self.params, self.layers, self.x, self.dy, strict=True):
+            compiled_expression(layer.base_layer(x), x, A, E, B, float(len(A))).backward(dy)
+
     def orthogonality(self) -> torch.Tensor:
         """The penalty as AdaLoraModel.forward computes it, and its gradient."""
         penalty = 0
@@ -128,6 +214,14 @@ class Peft:
         nn.utils.clip_grad_norm_(self.trained, MAX_NORM)
         self.optimizer.step()
         self.model.base_model.update_and_allocate(self.step_number)
+
+
+@torch.compile(dynamic=False)
+def compiled_expression(
+    y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, E: torch.Tensor, B: torch.Tensor, ranknum: float
+) -> torch.Tensor:
+    """What PEFT's SVDLinear computes beside its base layer."""
+    return y + ((x.to(A.dtype) @ (A * E).T @ B.T) * ALPHA / (ranknum + 1e-5)).to(y.dtype)
 
 
 def layer_params(layer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,6 +266,15 @@ class Ours:
                 self.adapters, self.params, self.training.grads, arrays, self.kept, strict=True
             )
         ]
+        # The same with a final pattern that keeps a third of the triplets.
+        self.live_rank = max(shape.rank // 3, 1)
+        pattern = np.arange(shape.rank) < self.live_rank
+        self.compacted = [
+            adapter.call(x, params, grads=grads, y=y, dy=dy, dx=dx, h=h, pattern=pattern)
+            for adapter, params, grads, (x, y, dy, dx), h in zip(
+                self.adapters, self.params, self.training.grads, arrays, self.kept, strict=True
+            )
+        ]
         self.y, self.dx = [a[1] for a in arrays], [a[3] for a in arrays]
         self.sum_of_squares, self.factor = np.zeros(1), np.ones(1)
         self.found_inf, self.penalty = np.zeros(1, np.float32), np.zeros(1)
@@ -180,6 +283,12 @@ class Ours:
     def forward_backward(self) -> None:
         """One pass through every adapter; gradients for A, E, B and x."""
         for call in self.calls:
+            call.forward()
+            call.backward(accumulate=False)
+
+    def forward_backward_compacted(self) -> None:
+        """As `forward_backward`, once the pattern is final and keeps a third of the triplets."""
+        for call in self.compacted:
             call.forward()
             call.backward(accumulate=False)
 
@@ -211,8 +320,16 @@ def values(array: Any) -> np.ndarray:
     return array
 
 
-def check_equal(ours: Ours, other: Peft, tolerance: float) -> None:
-    """Refuse to time two things that compute different results."""
+def check_equal(ours: Ours, other: Peft, tolerance: float, with_compiled: bool) -> None:
+    """Refuse to time things that compute different results."""
+    gradients = []
+    for run in (other.compiled, other.forward_backward) if with_compiled else (other.forward_backward,):
+        run()
+        gradients.append([p.grad.float() for p in (*other.trained, *other.x)])
+    for found, expected in zip(gradients[0], gradients[-1], strict=True):
+        if not (found - expected).abs().max() <= tolerance * expected.abs().max():
+            raise SystemExit("the compiled expression's gradients differ from PEFT's")
+    other.zero_y()
     other.forward_backward()
     ours.forward_backward()
 
@@ -260,31 +377,29 @@ class Demo:
         return Shape(36, 384, 384, 12, round(tokens))
 
 
-def demo_step(seconds: float) -> tuple[Shape, float, float]:
+def demo_step(seconds: float) -> tuple[Shape, dict[str, float]]:
     """The shape of the demo's step, and medians in milliseconds of ours and of PEFT's."""
     ours, other = Demo(adalora.torch), Demo(minilm_peft)
     for _ in range(3):
         losses = ours.demo_step().item(), other.demo_step().item()
         if not abs(losses[0] - losses[1]) < 1e-4:
             raise SystemExit(f"demo_step: losses {losses}, expected to differ by less than 1e-4")
-    return ours.shape(), *medians(ours.demo_step, other.demo_step, seconds)
+    return ours.shape(), medians({"ours_ms": ours.demo_step, "peft_ms": other.demo_step}, seconds)
 
 
-def medians(a: Callable[[], Any], b: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Medians of both in milliseconds, turn by turn, so that a drift of the machine meets both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for f in (a, b, a, b):
+def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Medians in milliseconds, turn by turn, so that a drift of the machine meets all."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for f in 2 * list(functions.values()):
         f()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 7:
-        for f, list_ in zip((a, b), times, strict=True):
-            begin = time.perf_counter()
-            f()
-            list_.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times[0]), statistics.median(times[1])
+    while time.perf_counter() < end or min(map(len, times.values())) < 7:
+        for name, f in functions.items():
+            times[name].append(elapsed(f))
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
-def machine(on: adalora.Context) -> dict[str, Any]:
+def describe(on: adalora.Context) -> dict[str, Any]:
     """What the numbers belong to."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     field = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in cpuinfo.splitlines()) if v}
@@ -308,19 +423,16 @@ def machine(on: adalora.Context) -> dict[str, Any]:
     }
 
 
-def report(
-    rows: list[dict[str, Any]],
-    operation: str,
-    shape: Shape,
-    dtype: str,
-    threads: int,
-    ours_ms: float,
-    peft_ms: float,
-) -> None:
+def report(rows: list[dict[str, Any]], times: dict[str, float], floor: float | None, **about: Any) -> None:
     """Keep a row, and print it."""
-    row = {"operation": operation, **shape._asdict(), "dtype": dtype, "threads": threads}
-    rows.append(row | {"ours_ms": ours_ms, "peft_ms": peft_ms, "ratio": peft_ms / ours_ms})
-    print(LINE.format(**rows[-1]), flush=True)
+    row = about | times | {"ratio": times["peft_ms"] / times["ours_ms"]}
+    if floor is not None:
+        row |= {"floor_ms": floor, "over_floor": times["ours_ms"] / floor}
+    rows.append(row)
+    texts = {name: f"{row[name]:.3f}" if isinstance(row.get(name), float) else row.get(name, "") for name in COLUMNS}
+    for name in ("ratio", "over_floor"):
+        texts[name] = f"{row[name]:.2f}" if name in row else ""
+    print(" ".join(form.format(texts[name]) for name, form in COLUMNS.items()), flush=True)
 
 
 def main() -> None:
@@ -329,33 +441,58 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first shape alone, for less time")
     parser.add_argument("--threads", type=int, nargs="+", help="default: all cores, and 1")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="activations")
+    parser.add_argument("--compile", action="store_true", help="also PEFT's expression under torch.compile")
     parser.add_argument("--output", type=Path, default=ROOT / "target" / "bench.json")
     options = parser.parse_args()
+    # One for each shape and type.
+    torch._dynamo.config.recompile_limit = 10 * len(SHAPES)
     cores = len(os.sched_getaffinity(0))
-    shapes, seconds = (SHAPES[:1], 1.0) if options.quick else (SHAPES, 3.0)
-    rows = []
-    print(TITLES)
+    shapes, seconds = (SHAPES[:1], 1.0) if options.quick else (SHAPES, 2.0)
+    rows: list[dict[str, Any]] = []
+    machines = {}
+    print(" ".join(form.format(title) for form, title in zip(COLUMNS.values(), TITLES, strict=True)))
     for threads in options.threads or sorted({cores, 1}, reverse=True):
         torch.set_num_threads(threads)
+        machines[threads] = machine = measure()
         for shape, name in itertools.product(shapes, options.dtype):
             dtype = getattr(torch, name)
             torch.manual_seed(0)
             other = Peft(shape, dtype)
             ours = Ours(shape, dtype, other)
-            check_equal(ours, other, 1e-4 if name == "float32" else 2e-2)
+            check_equal(ours, other, 1e-4 if name == "float32" else 2e-2, options.compile)
+            operations = {
+                "forward_backward": {"ours_ms": ours.forward_backward, "peft_ms": other.forward_backward},
+                "forward_backward_compacted": {
+                    "ours_ms": ours.forward_backward_compacted,
+                    "peft_ms": other.forward_backward,
+                },
+            }
+            operations["forward_backward"]["lora_ms"] = other.lora
+            if options.compile:
+                operations["forward_backward"]["compiled_ms"] = other.compiled
             # What comes after the passes does not read activations, so that it is timed once.
-            operations = ["forward_backward"]
             if name == "float32":
-                operations += ["orthogonality", "optimizer_allocator"]
-            for operation in operations:
-                ours_ms, peft_ms = medians(getattr(ours, operation), getattr(other, operation), seconds)
-                report(rows, operation, shape, name, threads, ours_ms, peft_ms)
+                for operation in ("orthogonality", "optimizer_allocator"):
+                    operations[operation] = {
+                        "ours_ms": getattr(ours, operation),
+                        "peft_ms": getattr(other, operation),
+                    }
+            for operation, functions in operations.items():
+                live_rank = ours.live_rank if operation.endswith("compacted") else shape.rank
+                times = medians(functions, seconds)
+                floor = floor_ms(operation, shape, live_rank, dtype, machine)
+                about = {"operation": operation, **shape._asdict(), "live_rank": live_rank}
+                report(rows, times, floor, **about, dtype=name, threads=threads)
         if "float32" in options.dtype:
-            shape, ours_ms, peft_ms = demo_step(5 * seconds)
-            report(rows, "demo_step", shape, "float32", threads, ours_ms, peft_ms)
-    document = {"machine": machine(ours.context), "rows": rows}
+            shape, times = demo_step(5 * seconds)
+            about = {"operation": "demo_step", **shape._asdict(), "live_rank": shape.rank}
+            report(rows, times, None, **about, dtype="float32", threads=threads)
+    about = describe(ours.context)
+    about["measured"] = {
+        threads: {"copy_gb_s": m.bytes_per_ms / 1e6, "gflop_s": m.flops_per_ms / 1e6} for threads, m in machines.items()
+    }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    options.output.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     print(f"written to {options.output}")
 
 
