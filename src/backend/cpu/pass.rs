@@ -11,7 +11,7 @@ use super::simd::Real;
 use crate::adapter::{ALIGNMENT, Call, Geometry, Pass};
 use crate::error::{Error, Result};
 use crate::philox::Dropout;
-use crate::tensor::{Address, Dtype, Matrix};
+use crate::tensor::{Address, Dtype, Matrix, Triplets};
 use std::marker::PhantomData;
 
 /// Tokens that go through all products together; at a width of 768, x, y and the factors stay in the second cache.
@@ -25,6 +25,8 @@ const MOST_CHUNKS: usize = 16;
 const SERIAL_WORK: usize = 1 << 18;
 /// Gradient elements that are added over chunks at a time.
 const PIECE: usize = 256;
+/// Rows of B that are transposed at a time, so that they stay in the first cache.
+const TRANSPOSED: usize = 64;
 
 /// Tokens of a chunk of the backward pass.
 fn chunk_tokens(tokens: usize) -> usize {
@@ -129,6 +131,17 @@ impl<T: Real> Share<T> {
                     load(a.dtype, row_of(a, row), a.columns, self.a.from(k).data);
                 }
             }
+            if is_own::<T>(b.dtype) {
+                for first in (0..b.rows).step_by(TRANSPOSED) {
+                    let rows = first..(first + TRANSPOSED).min(b.rows);
+                    for k in 0..self.live {
+                        let from = pointer::<T>(b.data).add(*self.order.add(k) as usize);
+                        let to = self.bt.from(k).data;
+                        rows.clone().for_each(|o| *to.add(o) = *from.add(o * b.row_stride));
+                    }
+                }
+                return;
+            }
             let mut wide = [T::default(); PIECE];
             for o in 0..b.rows {
                 for begin in (0..self.rank).step_by(PIECE) {
@@ -143,6 +156,12 @@ impl<T: Real> Share<T> {
                 }
             }
         }
+    }
+
+    /// A triplet's place among the first `limit` in order.
+    fn place(&self, triplet: usize, limit: usize) -> Option<usize> {
+        // SAFETY: the order has as many elements.
+        (0..limit).find(|k| unsafe { *self.order.add(*k) } as usize == triplet)
     }
 
     /// Copies live columns of a saved [tokens, rank] matrix into order.
@@ -591,54 +610,84 @@ impl<'a, T: Real> Run<'a, T> {
         }
     }
 
-    /// Adds up the chunks' sums of one adapter's gradients, in order, and hands the total to the caller.
+    /// The first chunk's sums of adapter i; nothing where there is no token.
+    fn total(&self, i: usize) -> Option<Partial<T>> {
+        self.sums(i, 0).filter(|_| self.layout.chunks > 0)
+    }
+
+    fn sums(&self, i: usize, chunk: usize) -> Option<Partial<T>> {
+        self.layout.partials(chunk, self.geometries[..=i].iter().copied()).last()
+    }
+
+    /// Adds up the chunks' sums of the gradients of one adapter's A and E, in order, and hands the totals to the caller.
     ///
     /// # Safety
-    /// As [`Run::new`]; the chunks are done, and the adapter's gradients are this task's.
-    unsafe fn reduce(&self, i: usize, accumulate: bool) {
-        let (call, share, stages) = (&self.pass.calls[i], &self.shares[i], self.pass.stages);
-        let Some(grads) = &call.grads else { return };
-        let sums = |c: usize| self.layout.partials(c, self.geometries[..=i].iter().copied()).last();
-        let total = sums(0).filter(|_| self.layout.chunks > 0);
+    /// As [`Run::new`]; the chunks are done, and these gradients are this task's.
+    unsafe fn reduce_a(&self, i: usize, grads: &Triplets, accumulate: bool) {
+        let (share, total) = (&self.shares[i], self.total(i));
         // SAFETY: everything was checked; the sums are as large as the geometry says.
         unsafe {
             if let Some(total) = &total {
-                for partial in (1..self.layout.chunks).filter_map(sums) {
+                for partial in (1..self.layout.chunks).filter_map(|c| self.sums(i, c)) {
                     add(share.active * total.a.stride, partial.a.data, total.a.data);
-                    add(share.active * total.bt.stride, partial.bt.data, total.bt.data);
                     add(share.live, partial.e, total.e);
                 }
             }
-            // A triplet's place among those that have a sum.
-            let place = |triplet: usize, limit: usize| {
-                total.as_ref().zip((0..limit).find(|k| *share.order.add(*k) as usize == triplet))
-            };
-            if stages.expand {
-                let (a, e) = (&grads.a, &grads.e);
-                for j in 0..share.rank {
-                    let row = place(j, share.active).map(|(total, k)| total.a.from(k).data.cast_const());
-                    for begin in (0..a.columns).step_by(PIECE) {
-                        let to = row_of(a, j).offset(begin * a.dtype.size());
-                        let value = |c: usize| row.map_or(T::default(), |row| *row.add(begin + c));
-                        give(PIECE.min(a.columns - begin), accumulate, a.dtype, to, value);
-                    }
-                    let sum = place(j, share.live).map_or(0.0, |(total, k)| *total.e.add(k));
-                    give(1, accumulate, e.dtype, element(e, j), |_| T::from_f64(sum));
+            let (a, e) = (&grads.a, &grads.e);
+            for j in 0..share.rank {
+                let row = share.place(j, share.active).zip(total.as_ref()).map(|(k, total)| total.a.from(k).data);
+                for begin in (0..a.columns).step_by(PIECE) {
+                    let to = row_of(a, j).offset(begin * a.dtype.size());
+                    let value = |c: usize| row.map_or(T::default(), |row| *row.add(begin + c));
+                    give(PIECE.min(a.columns - begin), accumulate, a.dtype, to, value);
+                }
+                let sum = share.place(j, share.live).zip(total.as_ref()).map_or(0.0, |(k, total)| *total.e.add(k));
+                give(1, accumulate, e.dtype, element(e, j), |_| T::from_f64(sum));
+            }
+        }
+    }
+
+    /// As [`Run::reduce_a`], for B.
+    ///
+    /// # Safety
+    /// As [`Run::reduce_a`].
+    unsafe fn reduce_b(&self, i: usize, grads: &Triplets, accumulate: bool) {
+        let (share, total, b) = (&self.shares[i], self.total(i), &grads.b);
+        // SAFETY: everything was checked; the sums are as large as the geometry says.
+        unsafe {
+            if let Some(total) = &total {
+                for partial in (1..self.layout.chunks).filter_map(|c| self.sums(i, c)) {
+                    add(share.active * total.bt.stride, partial.bt.data, total.bt.data);
                 }
             }
-            if stages.project {
-                let b = &grads.b;
-                for begin in (0..share.rank).step_by(PIECE) {
-                    let n = PIECE.min(share.rank - begin);
-                    let mut columns = [None; PIECE];
-                    for (j, column) in columns[..n].iter_mut().enumerate() {
-                        *column = place(begin + j, share.active).map(|(total, k)| total.bt.from(k).data.cast_const());
+            let column = |j: usize| {
+                share.place(j, share.active).zip(total.as_ref()).map(|(k, total)| total.bt.from(k).data.cast_const())
+            };
+            if is_own::<T>(b.dtype) {
+                for first in (0..b.rows).step_by(TRANSPOSED) {
+                    let rows = first..(first + TRANSPOSED).min(b.rows);
+                    for j in 0..share.rank {
+                        let to = pointer::<T>(b.data).add(j);
+                        match column(j) {
+                            Some(from) if accumulate => {
+                                rows.clone().for_each(|o| *to.add(o * b.row_stride) += *from.add(o));
+                            }
+                            Some(from) => rows.clone().for_each(|o| *to.add(o * b.row_stride) = *from.add(o)),
+                            None if accumulate => {}
+                            None => rows.clone().for_each(|o| *to.add(o * b.row_stride) = T::zero()),
+                        }
                     }
-                    for o in 0..b.rows {
-                        let to = row_of(b, o).offset(begin * b.dtype.size());
-                        let value = |j: usize| columns[j].map_or(T::default(), |column| *column.add(o));
-                        give(n, accumulate, b.dtype, to, value);
-                    }
+                }
+                return;
+            }
+            for begin in (0..share.rank).step_by(PIECE) {
+                let n = PIECE.min(share.rank - begin);
+                let mut columns = [None; PIECE];
+                columns[..n].iter_mut().enumerate().for_each(|(j, place)| *place = column(begin + j));
+                for o in 0..b.rows {
+                    let to = row_of(b, o).offset(begin * b.dtype.size());
+                    let value = |j: usize| columns[j].map_or(T::default(), |column| *column.add(o));
+                    give(n, accumulate, b.dtype, to, value);
                 }
             }
         }
@@ -697,9 +746,16 @@ unsafe fn backward_as<T: Real>(cpu: &Host, pass: &Pass, accumulate: bool, dx: Op
         // SAFETY: the worker's scratch; each chunk is one task.
         unsafe { run.backward_chunk(chunk, dx, &scratch) };
     })?;
-    cpu.team.run(pass.calls.len(), run.parallel, "grads are", |i, _| {
-        // SAFETY: all chunks are done; each adapter is one task.
-        unsafe { run.reduce(i, accumulate) };
+    cpu.team.run(2 * pass.calls.len(), run.parallel, "grads are", |task, _| {
+        let Some(grads) = &pass.calls[task / 2].grads else { return };
+        // SAFETY: all chunks are done; an adapter's A and E are one task, its B another.
+        unsafe {
+            match task % 2 {
+                0 if pass.stages.expand => run.reduce_a(task / 2, grads, accumulate),
+                1 if pass.stages.project => run.reduce_b(task / 2, grads, accumulate),
+                _ => {}
+            }
+        }
     })
 }
 
