@@ -194,7 +194,8 @@ impl Region {
     /// Whether a byte belongs to both. Matrices that share a row pitch may lie side by side, as the columns of one
     /// larger matrix do; everything else is judged by its whole extent.
     pub fn overlaps(&self, other: &Self) -> bool {
-        if self.begin >= other.end || other.begin >= self.end {
+        // A place without bytes may lie anywhere, also inside another.
+        if self.begin == self.end || other.begin == other.end || self.begin >= other.end || other.begin >= self.end {
             return false;
         }
         if self.pitch != other.pitch || self.pitch == 0 {
@@ -256,5 +257,8 @@ mod tests {
         assert!(matrix(4096, 5, 4, 12).overlaps(&matrix(4112, 5, 4, 11)));
         assert!(!matrix(4096, 5, 4, 12).overlaps(&matrix(4096 + 4 * 52, 5, 4, 11)));
         assert!(matrix(4096, 5, 4, 12).overlaps(&Region::contiguous(Address(4096 + 4 * 51), 4)));
+        for empty in [Region::contiguous(Address(4100), 0), matrix(4100, 0, 4, 12), matrix(4100, 5, 0, 12)] {
+            assert!(!empty.overlaps(&matrix(4096, 5, 4, 12)) && !matrix(4096, 5, 4, 12).overlaps(&empty));
+        }
     }
 }
