@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,31 @@ from torch.autograd.graph import increment_version
 from ..allocator import Allocator, Budget, Hyper, Slice, Standing, StepValues
 from ..errors import InvalidArgumentError, InvalidStateError
 from .functional import _stream, context, native_adapter, once_differentiable
-from .layers import SVDLinear
 from .model import get_config, named_adapters
 
 _UNITS = ("triplets", "parameters")
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+
+
+class AdaptedLayer(Protocol):
+    """A layer with triplets: dictionaries of parameters A [r, in], E [r, 1] and B [out, r] by adapter."""
+
+    lora_A: nn.ParameterDict
+    lora_E: nn.ParameterDict
+    lora_B: nn.ParameterDict
+
+
+class ScheduleConfig(Protocol):
+    """What an allocator reads of a configuration: `AdaLoraConfig`'s fields, or PEFT's."""
+
+    target_r: int
+    total_step: int | None
+    tinit: int
+    tfinal: int
+    deltaT: int
+    beta1: float
+    beta2: float
+    orth_reg_weight: float
 
 
 class RankAllocator:
@@ -45,10 +65,37 @@ class RankAllocator:
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default", *, budget_unit: str = "triplets") -> None:
-        self.config = get_config(model, adapter_name)
+        self._begin(named_adapters(model, adapter_name), get_config(model, adapter_name), adapter_name, budget_unit)
+
+    @classmethod
+    def over(
+        cls,
+        layers: Mapping[str, AdaptedLayer],
+        config: ScheduleConfig,
+        adapter_name: str = "default",
+        *,
+        budget_unit: str = "triplets",
+    ) -> RankAllocator:
+        """An allocator over layers of any make.
+
+        Args:
+            layers: by path, in an order that is the same in every run.
+            config: of the schedule.
+            adapter_name: whose parameters.
+            budget_unit: what the budget counts: "triplets", as in PEFT, or "parameters".
+
+        """
+        allocator = cls.__new__(cls)
+        allocator._begin(layers, config, adapter_name, budget_unit)
+        return allocator
+
+    def _begin(
+        self, layers: Mapping[str, AdaptedLayer], config: ScheduleConfig, adapter_name: str, budget_unit: str
+    ) -> None:
+        self.config = config
         self.adapter_name = adapter_name
         self.budget_unit = budget_unit
-        self.layers: dict[str, SVDLinear] = named_adapters(model, adapter_name)
+        self.layers = dict(layers)
         """The adapted layers by path, in the model's order."""
         if not self.layers:
             raise InvalidArgumentError(f"model: expected layers with the adapter {adapter_name!r}, found none")
@@ -181,10 +228,9 @@ class RankAllocator:
         """
         _check_keys("pattern", pattern, self.layers)
         for path, layer in self.layers.items():
-            if len(pattern[path]) != layer.ranknum[self.adapter_name]:
-                raise InvalidArgumentError(
-                    f"pattern[{path!r}]: expected {layer.ranknum[self.adapter_name]} flags, found {len(pattern[path])}"
-                )
+            r = layer.lora_E[self.adapter_name].shape[0]
+            if len(pattern[path]) != r:
+                raise InvalidArgumentError(f"pattern[{path!r}]: expected {r} flags, found {len(pattern[path])}")
         flags = [bool(kept) for path in self.layers for kept in pattern[path]]
         self.place()
         self._native.set_pattern(
@@ -316,13 +362,13 @@ class RankAllocator:
         device = params[0].device
         on = context(device)
         adapters = []
-        for k, (path, layer) in enumerate(self.layers.items()):
+        for k, path in enumerate(self.layers):
             dtypes = {p.dtype for p in params[3 * k : 3 * k + 3]}
             if len(dtypes) > 1:
                 found = ", ".join(sorted(map(str, dtypes)))
                 raise InvalidArgumentError(f"{path}: expected A, E and B of one type, found {found}")
-            dtype, r = params[3 * k].dtype, layer.ranknum[self.adapter_name]
-            adapters.append(native_adapter(on, layer.in_features, layer.out_features, r, dtype, dtype))
+            A, _, B = params[3 * k : 3 * k + 3]
+            adapters.append(native_adapter(on, A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype))
         config = self.config
         self._native = Allocator(
             on,
