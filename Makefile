@@ -4,12 +4,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz \
-  cargo tools python clean
+  test-instructions instructions-baseline cargo tools python clean
 
 LIBRARY := target/release/libadalora.so
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 SANITIZED := target/$(TARGET)/release/libadalora.so
 VENV := target/venv
+INSTRUCTIONS := target/instructions
 PYTHON := $(VENV)/bin/python
 GOLDEN := python_shim/tests/golden $(wildcard ../shared/golden)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -23,7 +24,7 @@ demo-cpp: tools lib
 	cmake --build target/cpp --target digits_trainer
 	target/cpp/digits/digits_trainer
 
-test: format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz
+test: format lint test-rust test-cpp test-cpp-sanitized test-python test-replay test-instructions fuzz
 
 format: tools
 	cargo fmt --all --check
@@ -58,6 +59,18 @@ test-replay: tools lib
 fuzz: tools
 	FUZZ_SECONDS=60 cargo test --release --locked --lib sequences -- --nocapture
 
+# Instructions that the library's operations take, against the baseline; the second target replaces the baseline.
+test-instructions: $(INSTRUCTIONS)/operations
+	$(PYTHON) benches/instructions/count.py $< $(INSTRUCTIONS)
+
+instructions-baseline: $(INSTRUCTIONS)/operations
+	$(PYTHON) benches/instructions/count.py $< $(INSTRUCTIONS) --write
+
+$(INSTRUCTIONS)/operations: tools lib benches/instructions/operations.cpp
+	mkdir -p $(@D)
+	g++ -std=c++17 -O2 -Wall -Wextra -Wpedantic -Werror -Iinclude benches/instructions/operations.cpp -o $@ \
+	  -L$(dir $(LIBRARY)) -ladalora -Wl,-rpath,$(abspath $(dir $(LIBRARY)))
+
 bench: python
 	$(PYTHON) benches/bench.py
 
@@ -80,7 +93,7 @@ cargo:
 tools: cargo target/.tools
 
 target/.tools: Makefile python_shim/pyproject.toml
-	missing=; for pair in cmake:cmake ninja:ninja-build g++:g++ nm:binutils; do \
+	missing=; for pair in cmake:cmake ninja:ninja-build g++:g++ nm:binutils valgrind:valgrind; do \
 	  command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
 	test -e /usr/include/gtest/gtest.h || missing="$$missing libgtest-dev"; \
 	python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
