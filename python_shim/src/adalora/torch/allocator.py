@@ -14,6 +14,7 @@ from ..allocator import Allocator, Budget, Hyper, Slice, Standing, StepValues
 from ..errors import InvalidArgumentError, InvalidStateError
 from .functional import _stream, context, native_adapter, once_differentiable
 from .model import get_config, named_adapters
+from .steps import OptimizerSteps
 
 _UNITS = ("triplets", "parameters")
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
@@ -118,6 +119,8 @@ class RankAllocator:
         self._carried: bytes | None = None
         self._bound_moments, self._bound_hypers = self.moments, self.hypers
         self._make(self.parameters())
+        self.optimizer_steps = OptimizerSteps(self.parameters)
+        """Whether the optimisers' steps and the allocator's go together."""
 
     def parameters(self) -> list[nn.Parameter]:
         """A, E and B of every layer, in order."""
@@ -160,7 +163,9 @@ class RankAllocator:
         """Update importance from parameters and gradients, and mask what the schedule says: PEFT's method.
 
         To be called after the optimiser's step and before `zero_grad`, once per step; not with `adalora.torch.AdamW`,
-        which does the same. A step whose gradients are not finite leaves importance as it is.
+        which does the same. A step whose gradients are not finite leaves importance as it is; one that
+        `torch.amp.GradScaler` left out is such a step, and wants the call as any other. A call that is missing, or one
+        too many, gives a warning.
 
         Args:
             global_step: number of the optimiser's step, from 0 on as in PEFT.
@@ -172,7 +177,11 @@ class RankAllocator:
             )
         self._place_with_gradients("update_and_allocate")
         self._step.fill_(operator.index(global_step))
-        self._native.step(self._importance_values, with_adamw=False, stream=self._stream)
+        values, found_inf = self._importance_values, self.optimizer_steps.follow()
+        if found_inf is not None:
+            self.found_inf.copy_(found_inf)
+            values = self._noted_values
+        self._native.step(values, with_adamw=False, stream=self._stream)
         increment_version(self.parameters()[1::3])
 
     @torch.no_grad()
@@ -249,6 +258,7 @@ class RankAllocator:
         """Begin a new run: pattern, clocks, averages and AdamW's moments as at the start; parameters stay."""
         self.place()
         self._native.reset(stream=self._stream)
+        self.optimizer_steps.forget()
 
     def digest(self) -> int:
         """A hash of what processes that train together must agree on: pattern, whether it is final, last step."""
@@ -290,6 +300,7 @@ class RankAllocator:
         self._native.load_state(state_dict["state"].cpu().numpy().tobytes(), stream=self._stream)
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
+        self.optimizer_steps.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse copies: what is native cannot be copied."""
@@ -344,6 +355,7 @@ class RankAllocator:
     def adamw_step(self, global_step: int) -> None:
         """AdamW, importance and mask in one pass, from `grad_factor` and `found_inf`; after `place`."""
         self._step.fill_(operator.index(global_step))
+        self.optimizer_steps.follow()
         self._native.step(self._adamw_values, stream=self._stream)
         increment_version(self.parameters())
 
@@ -403,6 +415,7 @@ class RankAllocator:
         self._has_grad = torch.ones(len(adapters), dtype=torch.uint8, device=device)
         self._all_have_grad = True
         self._importance_values = StepValues(self._step, has_grad=self._has_grad)
+        self._noted_values = StepValues(self._step, found_inf=self.found_inf, has_grad=self._has_grad)
         self._adamw_values = StepValues(
             self._step, grad_factor=self.grad_factor, found_inf=self.found_inf, has_grad=self._has_grad
         )
