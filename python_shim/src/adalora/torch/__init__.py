@@ -30,12 +30,14 @@ from .model import (
     unmerge,
 )
 from .optim import AdamW
+from .report import RankReport
 
 __all__ = [
     "AdaLoraConfig",
     "AdamW",
     "Part",
     "RankAllocator",
+    "RankReport",
     "SVDLinear",
     "SharedInput",
     "adapt",

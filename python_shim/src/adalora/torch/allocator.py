@@ -226,6 +226,17 @@ class RankAllocator:
         """For each layer, which triplets are kept."""
         return {path: kept.tolist() for path, kept in zip(self.layers, self.standing().pattern, strict=True)}
 
+    def scores(self) -> dict[str, Tensor]:
+        """For each layer, the importance of its triplets, [r] in float64, by which a mask would choose now.
+
+        Zeros at the start, and after the last mask, which clears the averages.
+        """
+        self.place()
+        ranks = self._native.ranks
+        scores = torch.empty(sum(ranks), dtype=torch.float64, device=self._step.device)
+        self._native.scores(scores, stream=self._stream)
+        return dict(zip(self.layers, scores.split(ranks), strict=True))
+
     @torch.no_grad()
     def set_rank_pattern(self, pattern: Mapping[str, Sequence[bool]], final: bool = False) -> None:
         """Set which triplets are kept; E of the others becomes 0.
