@@ -10,8 +10,11 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+import adalora
 
 try:
     from peft import AdaLoraConfig, PeftModel, get_peft_model
@@ -43,7 +46,10 @@ def adapt(model: nn.Module, config: AdaLoraConfig) -> PeftModel:
 class RankAllocator:
     """PEFT's allocator, with the penalty for which PEFT needs a model that returns its loss."""
 
+    adapter_name, budget_unit = "default", "triplets"
+
     def __init__(self, model: PeftModel) -> None:
+        self.last_step = -1
         self.tuner = model.base_model
         self.config = model.peft_config["default"]
         self.layers = {path: m for path, m in self.tuner.model.named_modules() if isinstance(m, SVDLinear)}
@@ -71,6 +77,36 @@ class RankAllocator:
         """For each layer, how many triplets are kept."""
         return {path: sum(kept) for path, kept in self.rank_pattern().items()}
 
+    def scores(self) -> dict[str, Tensor]:
+        """For each layer, the importance of its triplets."""
+        scores = {}
+        for path in self.layers:
+            A, E, B = (self.tuner.rankallocator._element_score(f"{path}.lora_{matrix}.default") for matrix in "AEB")
+            scores[path] = E.flatten() + A.mean(1) + B.mean(0)
+        return scores
+
+    def standing(self) -> adalora.Standing:
+        """Where a run stands, as a report wants to know."""
+        pattern = [np.array(kept) for kept in self.rank_pattern().values()]
+        ranks = [int(kept.sum()) for kept in pattern]
+        costs = [layer.in_features + layer.out_features + 1 for layer in self.layers.values()]
+        end = self.config.total_step - self.config.tfinal
+        masks = sum(self.budget(step).masks or step == end for step in range(min(self.last_step, end) + 1))
+        return adalora.Standing(
+            pattern=pattern,
+            ranks=ranks,
+            adam_steps=[self.last_step + 1] * len(ranks),
+            last_step=self.last_step,
+            skipped=0,
+            irregular=0,
+            selections=masks,
+            budget=self.budget(max(self.last_step, 0)).budget,
+            live_triplets=sum(ranks),
+            live_parameters=sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)),
+            has_pattern=masks > 0,
+            is_final=self.last_step >= end,
+        )
+
 
 class AdamW(torch.optim.AdamW):
     """PyTorch's AdamW, and after each step PEFT's allocation."""
@@ -84,6 +120,7 @@ class AdamW(torch.optim.AdamW):
         """Update the parameters, then importance, budget and mask."""
         super().step()
         self.allocator.tuner.update_and_allocate(self.global_step)
+        self.allocator.last_step = self.global_step
         self.global_step += 1
 
 

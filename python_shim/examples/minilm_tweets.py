@@ -1,7 +1,8 @@
 """Fine-tune MiniLM on tweets of three sentiments with AdaLoRA, on the CPU, in a few minutes.
 
 Every linear layer of the six transformer layers starts with rank 12; at the end 144 of the 432 triplets are left, where
-they matter most. Writes the adapter, results.json and a picture of the ranks into the output folder.
+they matter most. Writes the adapter, results.json and reports of the ranks into the output folder: a page, a picture,
+and scalars for TensorBoard.
 
     pip install 'adalora[demo]'
     python minilm_tweets.py                       three minutes on two cores
@@ -22,6 +23,7 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -30,8 +32,8 @@ from typing import Any
 try:
     import torch
     import transformers
-    from matplotlib.figure import Figure
     from torch import Tensor, nn
+    from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
     import adalora.torch
@@ -184,13 +186,16 @@ class Job:
             optimizer.zero_grad()
         return loss.detach()
 
-    def train(self, model: nn.Module, allocator: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    def train(
+        self, model: nn.Module, allocator: Any, optimizer: torch.optim.Optimizer, report: adalora.torch.RankReport
+    ) -> list[float]:
         """The training loop; returns the loss of every step."""
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate)
         progress, losses = Progress(self.steps), []
         model.train()
         for step, (inputs, labels) in enumerate(self.batches()):
             losses.append(self.step(model, allocator, optimizer, inputs, labels).item())
+            report.record(step)
             scheduler.step()
             progress.show(step, losses, allocator)
         progress.close()
@@ -230,8 +235,7 @@ class Progress:
         tenth = done == 1 or done == self.steps or done * 10 // self.steps > step * 10 // self.steps
         if self.bar is None and not tenth:
             return
-        ranks = allocator.ranks()
-        by_layer = " ".join(str(sum(row.values())) for row in rank_table(ranks).values())
+        by_layer = " ".join(map(str, ranks_by_layer(allocator.ranks())))
         text = f"loss {sum(recent) / len(recent):.3f}  budget {allocator.budget(step).budget}"
         if self.bar is None:
             text = f"step {done:>{len(str(self.steps))}}/{self.steps}  {text}  ranks by layer {by_layer}"
@@ -247,55 +251,12 @@ class Progress:
             self.bar.close()
 
 
-def rank_table(ranks: dict[str, int]) -> dict[int, dict[str, int]]:
-    """Ranks by layer, then by module."""
-    table: dict[int, dict[str, int]] = {}
+def ranks_by_layer(ranks: dict[str, int]) -> list[int]:
+    """The sums of the ranks of each transformer layer."""
+    sums: Counter[int] = Counter()
     for path, rank in ranks.items():
-        layer = int(re.search(r"\.layer\.(\d+)\.", path)[1])
-        # The longest name that fits: "attention.output.dense" ends like "output.dense".
-        module = max((name for name in MODULES if path.endswith(name)), key=len)
-        table.setdefault(layer + 1, {})[module] = rank
-    return table
-
-
-def table_text(table: dict[int, dict[str, int]]) -> str:
-    """The table of ranks with the sums of its rows and columns."""
-    names = [name.removesuffix(".dense") for name in MODULES]
-    line = "{:>5}  " + "  ".join(f"{{:>{len(name)}}}" for name in names) + "  {:>5}"
-    lines = [line.format("layer", *names, "sum")]
-    for layer, row in table.items():
-        lines.append(line.format(layer, *(row[name] for name in MODULES), sum(row.values())))
-    columns = [sum(row[name] for row in table.values()) for name in MODULES]
-    return "\n".join([*lines, line.format("sum", *columns, sum(columns))])
-
-
-def draw(table: dict[int, dict[str, int]], init_r: int, title: str, path: Path) -> None:
-    """Draw the table of ranks as a heat map, with the sums of its rows and columns at its sides."""
-    values = [[row[name] for name in MODULES] for row in table.values()]
-    # Without pyplot: no window, no display needed.
-    figure = Figure(figsize=(8, 5.6), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=init_r, aspect="auto")
-    for y, row in enumerate(values):
-        for x, rank in enumerate(row):
-            color = "white" if rank > 0.55 * init_r else "black"
-            axes.text(x, y, rank, ha="center", va="center", color=color, fontsize=13)
-        axes.text(len(MODULES) - 0.4, y, sum(row), ha="left", va="center", color="gray")
-    for x, column in enumerate(zip(*values, strict=True)):
-        axes.text(x, -0.6, sum(column), ha="center", va="bottom", color="gray")
-    axes.text(len(MODULES) - 0.4, -0.6, "sum", ha="left", va="bottom", color="gray")
-    axes.set_xticks(range(len(MODULES)), [name.removesuffix(".dense").replace(".", "\n") for name in MODULES])
-    axes.set_yticks(range(len(values)), table)
-    # White lines between the cells.
-    axes.set_xticks([x - 0.5 for x in range(1, len(MODULES))], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(1, len(values))], minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_ylabel("layer")
-    axes.set_title(title, pad=26)
-    figure.colorbar(image, label="rank", pad=0.02)
-    figure.savefig(path, dpi=150)
+        sums[int(re.search(r"\.layer\.(\d+)\.", path)[1])] += rank
+    return [sums[layer] for layer in sorted(sums)]
 
 
 # The whole job.
@@ -353,21 +314,29 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     model, allocator, optimizer = job.build(method)
     before = job.accuracy(job.evaluate(model))
     torch.manual_seed(args.seed)
-    losses = job.train(model, allocator, optimizer)
+    report = adalora.torch.RankReport(allocator, "MiniLM on tweets")
+    losses = job.train(model, allocator, optimizer, report)
     scores = job.evaluate(model)
     after = job.accuracy(scores)
     always = max(sum(label == k for _, label in job.held_out) for k in range(len(LABELS))) / len(job.held_out)
 
     ranks = allocator.ranks()
+    # Before PEFT saves its adapter, and with it forgets what is masked.
+    report.title += f": accuracy {after:.3f}"
+    shown = report.text()
+    report.save_html(args.output / "report.html")
+    report.save_png(args.output / "ranks.png")
+    # An earlier run's scalars in the folder give way.
+    with SummaryWriter(args.output / "tensorboard", purge_step=0) as writer:
+        report.add_scalars(writer)
+        for step, loss in enumerate(losses):
+            writer.add_scalar("loss", loss, step)
 
     # What was saved, put on the model as it was published, has to give the same scores.
     method.save_adapter(model, args.output / "adapter")
     reloaded = method.load_adapter(Classifier(), args.output / "adapter")
     difference = (job.evaluate(reloaded, 1000) - scores[:1000]).abs().max().item()
 
-    table = rank_table(ranks)
-    kept = f"{sum(ranks.values())} of {args.init_r * len(ranks)} triplets"
-    draw(table, args.init_r, f"Ranks after training: {kept}, accuracy {after:.3f}", args.output / "ranks.png")
     wall = time.perf_counter() - begin
     results = {
         "settings": {**vars(args), "output": str(args.output), "threads": torch.get_num_threads()},
@@ -383,7 +352,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     print(f"\nAccuracy on {len(job.held_out)} held-out tweets: {before:.4f} before, {after:.4f} after training")
     print(f"(always the same label: {always:.4f}); {results['trained_parameters']} parameters trained")
-    print(f"\nRanks, {kept} kept:\n{table_text(table)}")
+    print(f"\n{shown}", end="")
     print(f"\n{'where the time went':22} {'s':>7} {'share':>6} {'ms/step':>8}")
     rest = wall - sum(job.clock.seconds.values())
     for part, seconds in {**job.clock.seconds, "loading, drawing, ...": rest, "all": wall}.items():
@@ -391,7 +360,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(f"{part:22} {seconds:7.1f} {seconds / wall:6.0%} {per_step}".rstrip())
     same = "bit for bit the same scores" if difference == 0 else f"scores that differ by at most {difference:.2g}"
     print(f"\nThe adapter, saved and loaded into a new model, gives {same}.")
-    print(f"In {args.output}: adapter, ranks.png, results.json")
+    print(f"In {args.output}: adapter, report.html, ranks.png, tensorboard, results.json")
     return results
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import adalora
 import adalora.torch
@@ -85,11 +86,16 @@ def test_demo(library: adalora.Library, tmp_path: Path) -> None:
     assert results["reloaded_difference"] == 0
     assert f"{results['accuracy']['after']:.4f} after training" in done.stdout
     assert "bit for bit the same scores" in done.stdout
-    table = re.search(r"^layer .*output +sum\n((?: .*\n){7})", done.stdout, re.MULTILINE)[1].split()
+    table = re.search(r"^layer .*output.dense +sum\n((?: .*\n){7})", done.stdout, re.MULTILINE)[1].split()
     assert table[-1] == "72"
     assert set(results["seconds"]) == {*minilm_tweets.PARTS, "total"}
     assert all(part in done.stdout for part in minilm_tweets.PARTS)
     assert (tmp_path / "run" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert f"accuracy {results['accuracy']['after']:.3f}</h1>" in (tmp_path / "run" / "report.html").read_text()
+    scalars = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    scalars.Reload()
+    assert [event.value for event in scalars.Scalars("loss")] == pytest.approx(results["losses"])
+    assert scalars.Scalars("adalora/live_triplets")[-1].value == 72
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         file.name for file in (tmp_path / "run" / "adapter").iterdir()
     }

@@ -220,7 +220,7 @@ def _heat(s: Summary) -> str:
 
 def _breakable(name: str) -> str:
     """A name that may be broken between its words."""
-    return re.sub(WORD_ENDS, "<wbr>", escape(name))
+    return "<wbr>".join(map(escape, re.split(WORD_ENDS, name)))
 
 
 def _shades() -> str:
