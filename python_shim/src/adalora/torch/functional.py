@@ -33,10 +33,16 @@ def _(tensor: Tensor, name: str) -> View:
     return View(tensor.data_ptr(), tuple(tensor.shape), strides, size, DTYPES.get(tensor.dtype), True, kind)
 
 
-def context(device: torch.device) -> Context:
-    """What computes on a device: one context for each, and on the CPU for each number of PyTorch's threads."""
+def context(device: torch.device, threads: int | None = None) -> Context:
+    """What computes on a device: one context for each, and on the CPU for each number of threads.
+
+    Args:
+        device: of type cpu or cuda.
+        threads: how many compute on the CPU; None: PyTorch's number.
+
+    """
     if device.type == "cpu":
-        return _cpu_context(torch.get_num_threads())
+        return _cpu_context(torch.get_num_threads() if threads is None else threads)
     if device.type == "cuda":
         return _cuda_context(device.index or 0)
     raise UnsupportedError(f"device: expected one of type cpu or cuda, found {device}")
@@ -138,41 +144,60 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     """
     if not parts:
         raise InvalidArgumentError("parts: expected at least one, found none")
+    _check_mode(x, parts)
+    call = prepared(x, parts)
+    ys, As, Es, Bs, scalings, _, in_place, weights = zip(*parts, strict=True)
+    if x.dtype is not call.dtype:
+        x = x.to(call.dtype)
+    if call.casts:
+        types = call.param_dtypes
+        As, Es, Bs = (tuple(p.to(dtype) for p, dtype in zip(ps, types, strict=True)) for ps in (As, Es, Bs))
+    seeds = None
+    if call.drops:
+        # Row by row a part's seed and offset.
+        seeds = torch.randint(2**63 - 1, (len(parts), 2), dtype=torch.int64, device=x.device)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *ys, *As, *Es, *Bs):
+        return list(_SVDLinear.apply(call, scalings, in_place, weights, seeds, x, *ys, *As, *Es, *Bs))
+    outputs = _to_write(ys, in_place)
+    call.forward(x, As, Es, Bs, outputs, scalings, None, seeds)
+    return outputs
+
+
+def prepared(x: Tensor, parts: Sequence[Part]) -> Call:
+    """This thread's descriptors for such a call, after a check of what the native one cannot see: it gets addresses.
+
+    What stays from step to step is looked up by one key, and was checked when the key was new.
+    """
+    geometries = []
+    shapes = [x.shape]
+    for y, A, E, B, _, lora_dropout, in_place, _ in parts:
+        geometries.append(
+            (lora_dropout, y.dtype, y.device)
+            + (A.shape, A.dtype, A.device, E.shape, E.dtype, E.device, B.shape, B.dtype, B.device)
+        )
+        shapes.append(y.shape)
+        if in_place and not (y.is_contiguous() and not y.is_neg()):
+            _check(x, parts)
+    key = (torch.get_num_threads(), x.device, *geometries)
+    call = _this_thread.calls.get(key)
+    if call is None or call.shapes != shapes:
+        _check(x, parts)
+        call = _call(key)
+        call.set_tokens(x.shape[:-1].numel())
+        call.shapes = shapes
+    return call
+
+
+def _check(x: Tensor, parts: Sequence[Part]) -> None:
     dtype = parts[0].y.dtype
     if dtype not in DTYPES:
         expected = ", ".join(NAMES.values())
         raise InvalidArgumentError(f"y: expected one of {expected}, found {str(dtype).removeprefix('torch.')}")
-    _check_mode(x, parts)
     for k, part in enumerate(parts):
-        _check(part, f"parts[{k}]." if len(parts) > 1 else "", x, dtype)
-    x = x.to(dtype)
-    tensors = [tensor for part in parts for tensor in (part.y, *(_fitting(t, dtype) for t in part[1:4]))]
-    seeds = None
-    if any(part.lora_dropout for part in parts):
-        # Row by row a part's seed and offset.
-        seeds = torch.randint(2**63 - 1, (len(parts), 2), dtype=torch.int64, device=x.device)
-    on = context(x.device)
-    adapters = tuple(
-        native_adapter(
-            on,
-            A.shape[1],
-            B.shape[0],
-            A.shape[0],
-            A.dtype,
-            dtype,
-            lora_dropout=parts[k].lora_dropout,
-            place=k,
-        )
-        for k, (A, B) in enumerate(zip(tensors[1::4], tensors[3::4], strict=True))
-    )
-    plan = _Plan(adapters, tuple(part.scaling for part in parts), tuple(part.in_place for part in parts))
-    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors)):
-        return list(_SVDLinear.apply(plan, seeds, x, [part.weight for part in parts], *tensors))
-    return _forward(plan, seeds, _rows(x), tensors, None)
+        _check_part(part, f"parts[{k}]." if len(parts) > 1 else "", x, dtype)
 
 
-def _check(part: Part, name: str, x: Tensor, dtype: torch.dtype) -> None:
-    """What the native call cannot see: it is given addresses."""
+def _check_part(part: Part, name: str, x: Tensor, dtype: torch.dtype) -> None:
     r, features = part.A.shape[0], part.A.shape[-1]
     if x.shape[-1] != features:
         raise InvalidArgumentError(f"{name}x: expected {features} features as A has, found {x.shape[-1]}")
@@ -201,12 +226,6 @@ def _check_mode(x: Tensor, parts: Sequence[Part]) -> None:
             raise UnsupportedError("svd_linear: expected differentiation in reverse mode, found forward mode")
 
 
-class _Plan(NamedTuple):
-    adapters: tuple[Adapter, ...]
-    scalings: tuple[float, ...]
-    in_place: tuple[bool, ...]
-
-
 class _Once(torch.autograd.Function):
     """Gradients that cannot be differentiated again: what they depend on leads to an error."""
 
@@ -228,10 +247,10 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @wraps(backward)
     def run(ctx: Any, *args: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *args)
         with torch.no_grad():
             outputs = backward(ctx, *args)
-        if not torch.is_grad_enabled():
-            return outputs
         sources = [t for t in (*ctx.saved_tensors, *args) if t is not None and t.requires_grad]
         given = [output for output in outputs if output is not None]
         refusing = iter(_Once.apply(len(given), *given, *sources))
@@ -243,18 +262,24 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 class _SVDLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: _Plan, seeds: Tensor | None, x: Tensor, weights: list[Tensor | None], *tensors: Tensor
+        ctx: Any,
+        call: Call,
+        scalings: tuple[float, ...],
+        in_place: tuple[bool, ...],
+        weights: tuple[Tensor | None, ...],
+        seeds: Tensor | None,
+        x: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        rows = _rows(x)
-        rank = sum(adapter.init_r for adapter in plan.adapters)
-        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        n = len(scalings)
+        outputs = _to_write(tensors[:n], in_place)
         # h of one part after the other: one tensor to keep until backward.
-        h = torch.empty(rows.shape[0] * rank, dtype=compute, device=x.device)
-        outputs = _forward(plan, seeds, rows, tensors, h)
-        ctx.plan = plan
-        params = (t for k in range(0, len(tensors), 4) for t in tensors[k + 1 : k + 4])
-        ctx.save_for_backward(x, h, seeds, *weights, *params)
-        ctx.mark_dirty(*(y for y, dirty in zip(tensors[::4], plan.in_place, strict=True) if dirty))
+        h = torch.empty(call.tokens * call.starts[-1], dtype=call.compute_dtype, device=x.device)
+        call.forward(x, tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :], outputs, scalings, h, seeds)
+        ctx.call, ctx.scalings, ctx.tokens = call, scalings, call.tokens
+        ctx.save_for_backward(x, h, seeds, *weights, *tensors[n:])
+        if True in in_place:
+            ctx.mark_dirty(*(y for y, overwrite in zip(outputs, in_place, strict=True) if overwrite))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -262,198 +287,283 @@ class _SVDLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, seeds, *others = ctx.saved_tensors
-        plan, weights, params = ctx.plan, others[: len(dys)], others[len(dys) :]
-        shape, x = x.shape, _rows(x)
+        n, call = len(dys), ctx.call
+        weights, As, Es, Bs = (others[k : k + n] for k in range(0, 4 * n, n))
         # An output that the loss does not depend on has no gradient to give on.
-        rows = {k: _rows(dy) for k, dy in enumerate(dys) if dy is not None}
+        given = [k for k, dy in enumerate(dys) if dy is not None]
         dx = None
-        if ctx.needs_input_grad[2] and rows:
-            with_weight = [k for k in rows if weights[k] is not None]
-            empty = torch.empty_like if with_weight else torch.zeros_like
-            dx = empty(x, memory_format=torch.contiguous_format)
-            # Into memory that is there: autocast, which may be on around backward, leaves such operators alone.
-            for k in with_weight:
-                torch.mm(rows[k], weights[k], out=dx) if k == with_weight[0] else dx.addmm_(rows[k], weights[k])
-        grads: list[Tensor | None] = [None] * (4 * len(dys))
-        for k in rows:
-            grads[4 * k] = dys[k]
-            grads[4 * k + 1 : 4 * k + 4] = [
-                torch.empty_like(p, memory_format=torch.contiguous_format) for p in params[3 * k : 3 * k + 3]
-            ]
-        if rows:
-            _backward(plan, seeds, x, h, params, rows, grads, dx)
-        needed = ctx.needs_input_grad[4:]
-        return (
-            None,
-            None,
-            None if dx is None else dx.view(shape),
-            None,
-            *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
-        )
+        if ctx.needs_input_grad[5] and given:
+            dx = _base_gradient(x, [(_rows(dys[k]), weights[k]) for k in given if weights[k] is not None])
+        grads: list[Tensor | None] = [None] * (3 * n)
+        shares = []
+        for k in given:
+            A, E, B = As[k], Es[k], Bs[k]
+            grads[k], grads[n + k], grads[2 * n + k] = dA, dE, dB = _empty_like(A), _empty_like(E), _empty_like(B)
+            h_at = h.data_ptr() + ctx.tokens * call.starts[k] * h.element_size()
+            seed_at = None if seeds is None else seeds.data_ptr() + 16 * k
+            shares.append((A, E, B, ctx.scalings[k], dys[k], dA, dE, dB, h_at, seed_at))
+        if shares:
+            if len(given) < n or call.thread != threading.get_ident():
+                call = _call((*call.key[:2], *(call.key[2 + k] for k in given)))
+            if call.tokens != ctx.tokens:
+                call.set_tokens(ctx.tokens)
+            call.backward(x, dx, shares)
+        return (None, None, None, None, None, dx, *dys, *grads)
 
 
-def _forward(plan: _Plan, seeds: Tensor | None, x: Tensor, tensors: Sequence[Tensor], h: Tensor | None) -> list[Tensor]:
-    tokens = x.shape[0]
-    outputs = [
-        y if in_place else y.resolve_neg().clone(memory_format=torch.contiguous_format)
-        for y, in_place in zip(tensors[::4], plan.in_place, strict=True)
+def _base_gradient(x: Tensor, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Where the gradient for x goes: a tensor that holds the sum of `dy weight`."""
+    if not terms:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (dy, weight), *others = terms
+    # Into memory that is there: autocast, which may be on around backward, leaves such operators alone.
+    rows = dx.view(dy.shape[0], x.shape[-1])
+    torch.mm(dy, weight, out=rows)
+    for dy, weight in others:
+        rows.addmm_(dy, weight)
+    return dx
+
+
+def _to_write(ys: Sequence[Tensor], in_place: Sequence[bool]) -> list[Tensor]:
+    """Where outputs go: tensors that hold the base layer's."""
+    return [
+        y if overwrite else y.clone(memory_format=torch.contiguous_format)
+        for y, overwrite in zip(ys, in_place, strict=True)
     ]
-    call = _call(plan.adapters)
-    call.set_tokens(tokens)
-    call.set_matrix(call.x, x)
-    saved = 0 if h is None else h.data_ptr()
-    kept = []
-    for k, adapter in enumerate(plan.adapters):
-        kept += call.set_params(k, tensors[4 * k + 1 : 4 * k + 4])
-        call.y[k].data = outputs[k].data_ptr()
-        call.structs[k].scaling = plan.scalings[k]
-        call.structs[k].h = saved or None
-        saved += 0 if h is None else tokens * adapter.init_r * h.element_size()
-        call.set_dropout(k, seeds)
-    call.forward(x.device)
-    return outputs
 
 
-def _backward(
-    plan: _Plan,
-    seeds: Tensor | None,
-    x: Tensor,
-    h: Tensor,
-    params: Sequence[Tensor],
-    dys: dict[int, Tensor],
-    grads: list[Tensor | None],
-    dx: Tensor | None,
-) -> None:
-    tokens = x.shape[0]
-    call = _call(tuple(plan.adapters[k] for k in dys))
-    call.set_tokens(tokens)
-    call.set_matrix(call.x, x)
-    if dx is not None:
-        call.set_matrix(call.dx, dx)
-    ends = [0]
-    for adapter in plan.adapters:
-        ends.append(ends[-1] + tokens * adapter.init_r * h.element_size())
-    kept = []
-    for at, (k, dy) in enumerate(dys.items()):
-        struct = call.structs[at]
-        kept += call.set_params(at, params[3 * k : 3 * k + 3])
-        call.set_matrix(call.dy[at], dy)
-        for matrix, grad in zip(call.grads[at], grads[4 * k + 1 : 4 * k + 4], strict=True):
-            matrix.data = grad.data_ptr()
-        struct.scaling = plan.scalings[k]
-        struct.h = h.data_ptr() + ends[k] or None
-        call.set_dropout(at, seeds, k)
-    call.backward(x.device, dx is not None)
+def _empty_like(p: Tensor) -> Tensor:
+    return torch.empty_like(p) if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format)
 
 
-class _Call:
-    """The C descriptors of a group of adapters, refilled for each call of one thread."""
+# Where fields stand in words of 8 bytes.
+_MATRIX, _STRUCT = (ctypes.sizeof(kind) // 8 for kind in (c.adalora_matrix_t, c.adalora_call_t))
+_STRIDE = c.adalora_matrix_t.row_stride.offset // 8
+_X, _DX, _STRUCTS = 0, _MATRIX, 2 * _MATRIX
 
-    def __init__(self, adapters: tuple[Adapter, ...]) -> None:
+
+def _places(k: int, *names: str) -> tuple[int, ...]:
+    """Where fields of a part's `adalora_call_t` stand, such as `params.A`."""
+    places = []
+    for name in names:
+        kind, offset = c.adalora_call_t, 0
+        for field in name.split("."):
+            offset += getattr(kind, field).offset
+            kind = dict(kind._fields_)[field]
+        places.append(_STRUCTS + k * _STRUCT + offset // 8)
+    return tuple(places)
+
+
+class Call:
+    """The C descriptors of a group of adapters, refilled for each call of one thread.
+
+    They lie in one array of words: x, dx, and the parts' `adalora_call_t`. What differs from call to call is written by
+    its place, since each look at a field of a ctypes structure makes an object. Nothing else runs between that and the
+    native call.
+
+    Args:
+        key: what `prepared` makes of a call.
+
+    """
+
+    def __init__(self, key: tuple[Any, ...]) -> None:
+        self.key = key
+        self.thread = threading.get_ident()
+        threads, device, *geometries = key
+        self._device = device
+        self.dtype = geometries[0][1]
+        self.compute_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.drops = any(geometry[0] for geometry in geometries)
+        self.param_dtypes, self.starts, self.casts = [], [0], False
+        adapters = []
+        for k, (lora_dropout, _, _, A, A_dtype, _, _, E_dtype, _, B, B_dtype, _) in enumerate(geometries):
+            found = {A_dtype, E_dtype, B_dtype}
+            wide = self.dtype == self.compute_dtype
+            dtype = self.dtype if wide or found == {self.dtype} else torch.float32
+            self.casts = self.casts or found != {dtype}
+            self.param_dtypes.append(dtype)
+            self.starts.append(self.starts[-1] + A[0])
+            adapters.append(
+                native_adapter(
+                    context(device, threads), A[1], B[0], A[0], dtype, self.dtype, lora_dropout=lora_dropout, place=k
+                )
+            )
         self.library = adapters[0].library
-        self.adapters = adapters
         # Held here: an adapter lives as long as a call that names it.
         self._handles = [adapter.handle for adapter in adapters]
-        self.structs = (c.adalora_call_t * len(adapters))()
-        self._size = (ctypes.sizeof(c.adalora_call_t), len(adapters))
-        code = adapters[0].activation_dtype
-        self.x, self.dx = (c.adalora_matrix_t(None, 0, adapters[0].in_features, 0, code, 0) for _ in range(2))
-        self._x, self._dx = ctypes.byref(self.x), ctypes.byref(self.dx)
-        # Structures inside structures are looked up once: each look makes an object.
-        self.y, self.dy, self.params, self.grads = [], [], [], []
-        for adapter, handle, struct in zip(adapters, self._handles, self.structs, strict=True):
+        self._words = (ctypes.c_uint64 * (_STRUCTS + _STRUCT * len(adapters)))()
+        self._reals = (ctypes.c_double * len(self._words)).from_buffer(self._words)
+        structs = (c.adalora_call_t * len(adapters)).from_buffer(self._words, 8 * _STRUCTS)
+        self._group = (structs, ctypes.sizeof(c.adalora_call_t), len(adapters))
+        code = DTYPES[self.dtype]
+        matrices = [c.adalora_matrix_t.from_buffer(self._words, 8 * at) for at in (_X, _DX)]
+        for matrix in matrices:
+            matrix.columns, matrix.dtype = adapters[0].in_features, code
+        self._x, self._dx = map(ctypes.byref, matrices)
+        for adapter, handle, struct in zip(adapters, self._handles, structs, strict=True):
             struct.struct_size = ctypes.sizeof(c.adalora_call_t)
             struct.adapter = handle.pointer
-            for name, matrices in (("y", self.y), ("dy", self.dy)):
-                setattr(struct, name, c.adalora_matrix_t(None, 0, adapter.out_features, 0, code, 0))
-                matrices.append(getattr(struct, name))
-            r, dtype = adapter.init_r, adapter.param_dtype
-            for name, triplets in (("params", self.params), ("grads", self.grads)):
-                found = getattr(struct, name)
+            for matrix in (struct.y, struct.dy):
+                matrix.columns, matrix.dtype = adapter.out_features, code
+            r = adapter.init_r
+            for triplets in (struct.params, struct.grads):
                 for field, (rows, columns) in zip(
                     "AEB", ((r, adapter.in_features), (1, r), (adapter.out_features, r)), strict=True
                 ):
-                    setattr(found, field, c.adalora_matrix_t(None, rows, columns, 0, dtype, 0))
-                triplets.append((found.A, found.E, found.B))
-        self._dropout = [struct.dropout for struct in self.structs]
-        self._tokens = -1
+                    matrix = getattr(triplets, field)
+                    matrix.rows, matrix.columns, matrix.dtype = rows, columns, adapter.param_dtype
+            matrices += (struct.y, struct.dy)
+        self._of_tokens = matrices
+        parts = range(len(adapters))
+        self._params = [_places(k, "params.A", "params.E", "params.B", "scaling") for k in parts]
+        self._forward = [_places(k, "y", "h") for k in parts]
+        self._backward = [_places(k, "grads.A", "grads.E", "grads.B", "h") for k in parts]
+        self._dy = [_places(k, "dy")[0] for k in parts]
+        self._dropout = [_places(k, "dropout.seed", "dropout.offset") for k in parts]
+        self.tokens = -1
+        self.shapes: list[torch.Size] | None = None
+        """Shapes of x and of each y, where `prepared` found them to fit."""
+        self._scratch = _this_thread.scratch
         self._workspace_bytes = 0
 
     def set_tokens(self, tokens: int) -> None:
         """Say how many rows x and y have."""
-        if tokens == self._tokens:
-            return
-        for matrix in (self.x, self.dx, *self.y, *self.dy):
-            matrix.rows = tokens
         size = ctypes.c_size_t()
-        self.library.adalora_adapter_sizes(self.structs, *self._size, tokens, None, ctypes.byref(size))
-        self._tokens, self._workspace_bytes = tokens, size.value
+        self.library.adalora_adapter_sizes(*self._group, tokens, None, ctypes.byref(size))
+        for matrix in self._of_tokens:
+            matrix.rows = tokens
+        self.tokens, self.shapes, self._workspace_bytes = tokens, None, size.value
 
-    def set_matrix(self, matrix: c.adalora_matrix_t, rows: Tensor) -> None:
-        """Point a descriptor to the rows of a tensor of two dimensions."""
-        matrix.data = rows.data_ptr()
-        matrix.row_stride = rows.stride(0) if rows.shape[0] > 1 else 0
+    def forward(
+        self,
+        x: Tensor,
+        As: Sequence[Tensor],
+        Es: Sequence[Tensor],
+        Bs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        scalings: Sequence[float],
+        h: Tensor | None,
+        seeds: Tensor | None,
+    ) -> None:
+        """Add to the outputs, which hold the base layer's, and keep h: [tokens, r] of one part after the other.
 
-    def set_params(self, k: int, params: Sequence[Tensor]) -> list[Tensor]:
-        """Point to A, E and B; returns what has to live as long as the call."""
-        kept = [p.contiguous() for p in params]
-        for matrix, p in zip(self.params[k], kept, strict=True):
-            matrix.data = p.data_ptr()
-        return kept
+        Args:
+            x: [..., in].
+            As: [r, in] for each part, as everything that follows.
+            Es: [r, 1].
+            Bs: [out, r].
+            outputs: [..., out], contiguous.
+            scalings: multipliers.
+            h: all parts' elements; None: nothing is kept.
+            seeds: [parts, 2]: seed and offset, where a part drops.
 
-    def set_dropout(self, k: int, seeds: Tensor | None, row: int | None = None) -> None:
-        """Point to a part's seed and offset."""
-        if seeds is not None:
-            address = seeds.data_ptr() + 16 * (k if row is None else row)
-            self._dropout[k].seed, self._dropout[k].offset = address, address + 8
+        """
+        words = self._words
+        kept: list[Any] = [self._set_rows(_X, x)]
+        at = 0 if h is None else h.data_ptr()
+        for k, (A, E, B, output, scaling) in enumerate(zip(As, Es, Bs, outputs, scalings, strict=True)):
+            kept.append(self._set_params(k, A, E, B, scaling))
+            y_place, h_place = self._forward[k]
+            words[y_place], words[h_place] = output.data_ptr(), at
+            if h is not None:
+                at += self.tokens * A.shape[0] * h.element_size()
+            if seeds is not None:
+                self._set_dropout(k, seeds.data_ptr() + 16 * k)
+        self._run(self.library.adalora_adapter_forward, Stage.BOTH, self._x)
 
-    def forward(self, device: torch.device) -> None:
-        """Run the forward pass."""
-        workspace = _workspace(device, self._workspace_bytes)
-        self.library.adalora_adapter_forward(
-            self.structs, *self._size, Stage.BOTH, self._x, workspace.data_ptr(), workspace.numel(), _stream(device)
-        )
+    def backward(self, x: Tensor, dx: Tensor | None, shares: Sequence[tuple[Any, ...]]) -> None:
+        """Write gradients for A, E and B, and add to the one for x.
 
-    def backward(self, device: torch.device, with_dx: bool) -> None:
-        """Run the backward pass, which overwrites gradients."""
-        workspace = _workspace(device, self._workspace_bytes)
-        self.library.adalora_adapter_backward(
-            self.structs,
-            *self._size,
-            Stage.BOTH,
-            0,
-            self._x,
-            self._dx if with_dx else None,
-            workspace.data_ptr(),
-            workspace.numel(),
-            _stream(device),
-        )
+        Args:
+            x: as forward had it.
+            dx: of x's shape, contiguous; None: not wanted.
+            shares: for each part A, E, B, the scaling, dy, dA, dE, dB, and the addresses of its h and of its seed.
+
+        """
+        words = self._words
+        kept: list[Any] = [self._set_rows(_X, x)]
+        if dx is not None:
+            words[_DX] = dx.data_ptr()
+        for k, (A, E, B, scaling, dy, dA, dE, dB, h_at, seed_at) in enumerate(shares):
+            kept.append(self._set_params(k, A, E, B, scaling))
+            kept.append(self._set_rows(self._dy[k], dy))
+            dA_place, dE_place, dB_place, h_place = self._backward[k]
+            words[dA_place], words[dE_place], words[dB_place] = dA.data_ptr(), dE.data_ptr(), dB.data_ptr()
+            words[h_place] = h_at
+            if seed_at is not None:
+                self._set_dropout(k, seed_at)
+        # Gradients are overwritten.
+        accumulate, dx_matrix = 0, None if dx is None else self._dx
+        self._run(self.library.adalora_adapter_backward, Stage.BOTH, accumulate, self._x, dx_matrix)
+
+    def _set_rows(self, place: int, tensor: Tensor) -> Tensor:
+        """Point a matrix to a tensor's rows; returns what has to live as long as the call."""
+        words = self._words
+        if tensor.is_contiguous() and not tensor.is_neg():
+            words[place], words[place + _STRIDE] = tensor.data_ptr(), 0
+            return tensor
+        rows = _rows(tensor)
+        words[place] = rows.data_ptr()
+        words[place + _STRIDE] = rows.stride(0) if rows.shape[0] > 1 else 0
+        return rows
+
+    def _set_params(self, k: int, A: Tensor, E: Tensor, B: Tensor, scaling: float) -> Any:
+        """Point a part to A, E and B; returns what has to live as long as the call."""
+        words = self._words
+        if (
+            not (A.is_contiguous() and E.is_contiguous() and B.is_contiguous())
+            or A.is_neg()
+            or E.is_neg()
+            or B.is_neg()
+        ):
+            A, E, B = (p.resolve_neg().contiguous() for p in (A, E, B))
+        A_place, E_place, B_place, scaling_place = self._params[k]
+        words[A_place], words[E_place], words[B_place] = A.data_ptr(), E.data_ptr(), B.data_ptr()
+        self._reals[scaling_place] = scaling
+        return A, E, B
+
+    def _set_dropout(self, k: int, seed: int) -> None:
+        seed_place, offset_place = self._dropout[k]
+        self._words[seed_place], self._words[offset_place] = seed, seed + 8
+
+    def _run(self, function: Any, *arguments: Any) -> None:
+        if self._device.type == "cpu":
+            scratch = self._scratch
+            if scratch.bytes < self._workspace_bytes:
+                scratch.reserve(self._workspace_bytes)
+            function(*self._group, *arguments, scratch.address, scratch.bytes, None)
+        else:
+            # New memory for each call, which PyTorch's allocator orders by stream.
+            workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
+            function(*self._group, *arguments, workspace.data_ptr(), workspace.numel(), _stream(self._device))
 
 
-class _PerThread(threading.local):
+class _Scratch:
+    """A thread's working memory on the CPU."""
+
     def __init__(self) -> None:
-        self.calls: dict[tuple[Adapter, ...], _Call] = {}
-        self.workspaces: dict[torch.device, Tensor] = {}
+        self.address, self.bytes = 0, 0
+
+    def reserve(self, size: int) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        self.address, self.bytes = self._memory.data_ptr(), size
 
 
-_per_thread = _PerThread()
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Any, ...], Call] = {}
+        self.scratch = _Scratch()
 
 
-def _call(adapters: tuple[Adapter, ...]) -> _Call:
-    call = _per_thread.calls.get(adapters)
+_this_thread = _ThisThread()
+
+
+def _call(key: tuple[Any, ...]) -> Call:
+    call = _this_thread.calls.get(key)
     if call is None:
-        call = _per_thread.calls[adapters] = _Call(adapters)
+        call = _this_thread.calls[key] = Call(key)
     return call
-
-
-def _workspace(device: torch.device, size: int) -> Tensor:
-    """Scratch memory of this thread; a CUDA call takes new memory, which PyTorch's allocator orders by stream."""
-    if device.type != "cpu":
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    found = _per_thread.workspaces.get(device)
-    if found is None or found.numel() < size:
-        found = _per_thread.workspaces[device] = torch.empty(size, dtype=torch.uint8, device=device)
-    return found
 
 
 def _stream(device: torch.device) -> int | None:
@@ -471,11 +581,3 @@ def _rows(tensor: Tensor) -> Tensor:
     columns_apart = features > 1 and rows.stride(1) != 1
     rows_overlap = rows.shape[0] > 1 and rows.stride(0) < features
     return rows.contiguous() if columns_apart or rows_overlap else rows
-
-
-def _fitting(param: Tensor, activation_dtype: torch.dtype) -> Tensor:
-    """A parameter in a type that goes with the activations'."""
-    if param.dtype == activation_dtype:
-        return param
-    wide = activation_dtype in (torch.float32, torch.float64)
-    return param.to(activation_dtype if wide else torch.float32)
