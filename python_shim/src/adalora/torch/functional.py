@@ -164,17 +164,15 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
 
 
 def prepared(x: Tensor, parts: Sequence[Part]) -> Call:
-    """This thread's descriptors for such a call, after a check of what the native one cannot see: it gets addresses.
+    """The thread's descriptors for such a call, after a check of what the native one cannot see: it gets addresses.
 
     What stays from step to step is looked up by one key, and was checked when the key was new.
     """
     geometries = []
     shapes = [x.shape]
     for y, A, E, B, _, lora_dropout, in_place, _ in parts:
-        geometries.append(
-            (lora_dropout, y.dtype, y.device)
-            + (A.shape, A.dtype, A.device, E.shape, E.dtype, E.device, B.shape, B.dtype, B.device)
-        )
+        geometry = (lora_dropout, y.dtype, y.device, A.shape, A.dtype, A.device)
+        geometries.append((*geometry, E.shape, E.dtype, E.device, B.shape, B.dtype, B.device))
         shapes.append(y.shape)
         if in_place and not (y.is_contiguous() and not y.is_neg()):
             _check(x, parts)

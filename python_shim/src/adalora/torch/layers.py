@@ -15,6 +15,8 @@ from ..arrays import Triplets
 from ..errors import InvalidArgumentError, UnsupportedError
 from .functional import Part, context, native_adapter, svd_linear
 
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' `Conv1D`: a linear layer whose weight is [in, out]."""
@@ -105,7 +107,12 @@ class SVDLinear(nn.Module):
 
     def triplets(self, adapter_name: str) -> Triplets:
         """An adapter's A, E and B."""
-        return Triplets(self.lora_A[adapter_name], self.lora_E[adapter_name], self.lora_B[adapter_name])
+        modules = self._modules
+        try:
+            # Past the look-ups of Module and ParameterDict, which take longer than a small forward pass.
+            return Triplets(*[modules[name]._parameters[adapter_name] for name in ("lora_A", "lora_E", "lora_B")])
+        except KeyError:
+            return Triplets(self.lora_A[adapter_name], self.lora_E[adapter_name], self.lora_B[adapter_name])
 
     def scaling(self, adapter_name: str) -> float:
         """Multiplier of an adapter's output, `(lora_alpha or ranknum) / (ranknum + 1e-5)`."""
@@ -133,24 +140,34 @@ class SVDLinear(nn.Module):
     @staticmethod
     def _adapted(layers: Sequence[SVDLinear], x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
         """What layers with the same active adapters make of the same x."""
-        weights: Sequence[Tensor | None] = [layer._plain_weight(x) for layer in layers]
-        outputs = []
-        for layer, weight in zip(layers, weights, strict=True):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight is None):
-                outputs.append(layer.base_layer(x, *args, **kwargs))
+        outputs, weights, in_place = [], [], []
+        for layer in layers:
+            base = layer._modules["base_layer"]
+            plain = layer._base_is_plain()
+            weight = layer._plain_weight(x) if plain and not args and not kwargs else None
+            if weight is None:
+                y = base(x, *args, **kwargs)
+            else:
+                graph = torch.is_grad_enabled()
+                torch._C._set_grad_enabled(False)
+                try:
+                    y = nn.functional.linear(x, weight, base._parameters["bias"])
+                finally:
+                    torch._C._set_grad_enabled(graph)
+            outputs.append(y)
+            weights.append(weight)
+            in_place.append(plain and layer._may_overwrite(y))
         for adapter_name in layers[0]._added():
             parts = [
                 Part(
                     y,
-                    layer.lora_A[adapter_name],
-                    layer.lora_E[adapter_name],
-                    layer.lora_B[adapter_name],
+                    *layer.triplets(adapter_name),
                     layer.scaling(adapter_name),
                     layer.lora_dropout[adapter_name] if layer.training else 0.0,
-                    layer._may_overwrite(y),
+                    overwrite,
                     weight,
                 )
-                for layer, y, weight in zip(layers, outputs, weights, strict=True)
+                for layer, y, overwrite, weight in zip(layers, outputs, in_place, weights, strict=True)
             ]
             outputs = svd_linear(x, parts)
             weights = [None] * len(layers)
@@ -160,35 +177,41 @@ class SVDLinear(nn.Module):
         """The adapters that the forward pass adds: the active ones that the base weight does not contain."""
         if self.disable_adapters:
             return []
+        if not self.merged_adapters:
+            return self.active_adapters
         return [name for name in self.active_adapters if name not in self.merged_adapters]
 
     def _plain_weight(self, x: Tensor) -> Tensor | None:
-        """The base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
-        base = self.base_layer
-        plain = (
-            self._base_is_plain()
-            and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-            and base.weight.dtype == x.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+        """A plain base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
+        parameters = self._modules["base_layer"]._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        frozen = (
+            type(weight) in _PLAIN_TENSORS
+            and not weight.requires_grad
+            and (bias is None or (type(bias) in _PLAIN_TENSORS and not bias.requires_grad))
+            and weight.dtype is x.dtype
+            and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
         )
-        return base.weight if plain else None
+        return weight if frozen else None
 
     def _base_is_plain(self) -> bool:
         """Whether the base layer does what its class does, and nobody watches it."""
-        base = self.base_layer
-        hooks = base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
-        return (
-            type(base) is nn.Linear
-            and "forward" not in base.__dict__
-            and not any(hooks)
-            and not nn.modules.module._has_any_global_hook()
+        base = self._modules["base_layer"]
+        watched = (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or nn.modules.module._has_any_global_hook()
         )
+        return type(base) is nn.Linear and "forward" not in base.__dict__ and not watched
 
-    def _may_overwrite(self, y: Tensor) -> bool:
-        """Whether nobody but us can hold y."""
-        own = self._base_is_plain() and not y._is_view() and not (y.is_leaf and y.requires_grad)
+    @staticmethod
+    def _may_overwrite(y: Tensor) -> bool:
+        """Whether nobody but us can hold a plain base layer's y."""
+        own = y.is_contiguous() and not y._is_view() and not (y.requires_grad and y.is_leaf)
         # A mode that sees every operator may keep its output.
-        return own and y.is_contiguous() and torch._C._len_torch_dispatch_stack() == 0
+        return own and torch._C._len_torch_dispatch_stack() == 0
 
     # Merging
 
@@ -298,8 +321,8 @@ class SVDLinear(nn.Module):
 
 class _Waiting(NamedTuple):
     x: weakref.ref[Tensor]
-    state: tuple[Any, ...]
-    outputs: dict[SVDLinear, Tensor]
+    outputs: dict[SVDLinear, tuple[Tensor, tuple[Any, ...]]]
+    """Each with what it depends on beside x itself."""
 
 
 class SharedInput:
@@ -327,8 +350,8 @@ class SharedInput:
         first, thread = self.layers[0], threading.get_ident()
         waiting = self._waiting.pop(thread, None)
         if waiting is not None:
-            if layer is not first and waiting.x() is x and waiting.state == self._state(x):
-                y = waiting.outputs.pop(layer, None)
+            y, state = waiting.outputs.pop(layer, (None, None)) if waiting.x() is x else (None, ())
+            if state is None or state == self._state(layer, x):
                 if waiting.outputs:
                     self._waiting[thread] = waiting
                 if y is not None:
@@ -345,7 +368,8 @@ class SharedInput:
         together = [] if x.is_inference() else [other for other in self.layers[1:] if self._goes_along(other)]
         y, *outputs = SVDLinear._adapted([first, *together], x)
         if together:
-            self._waiting[thread] = _Waiting(weakref.ref(x), self._state(x), dict(zip(together, outputs, strict=True)))
+            waits = {k: (z, self._state(k, x)) for k, z in zip(together, outputs, strict=True)}
+            self._waiting[thread] = _Waiting(weakref.ref(x), waits)
         return y
 
     def separate(self) -> None:
@@ -367,25 +391,31 @@ class SharedInput:
 
     def _versions(self) -> tuple[Any, ...]:
         """Which parameters there are, and which changes of theirs."""
-        found = []
-        for layer in self.layers:
-            found += (layer.base_layer.weight, layer.base_layer.bias)
-            for adapter_name in layer.active_adapters:
-                found += layer.triplets(adapter_name)
-        return tuple((id(p), None if p is None or p.is_inference() else p._version) for p in found)
+        return tuple(version for layer in self.layers for version in self._versions_of(layer))
 
-    def _state(self, x: Tensor) -> tuple[Any, ...]:
-        """What the waiting outputs depend on beside x itself."""
+    @staticmethod
+    def _versions_of(layer: SVDLinear) -> list[Any]:
+        base = layer._modules["base_layer"]
+        tensors = list(base._parameters.values())
+        if "weight" not in base._parameters:
+            # One that is computed.
+            tensors.append(base.weight)
+        for adapter_name in layer.active_adapters:
+            tensors += layer.triplets(adapter_name)
+        return [(id(p), p.requires_grad, None if p.is_inference() else p._version) for p in tensors if p is not None]
+
+    def _state(self, layer: SVDLinear, x: Tensor) -> tuple[Any, ...]:
+        """What a waiting output depends on beside x itself."""
         device = x.device.type
         modes = (
             x._version,
+            x.requires_grad,
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            *(self._goes_along(layer) for layer in self.layers),
-            *((layer.scaling(n), layer.lora_dropout[n]) for layer in self.layers for n in layer.active_adapters),
-            self.layers[0].training,
+            layer.training,
+            *((n, layer.scaling(n), layer.lora_dropout[n]) for n in layer._added()),
         )
-        return *modes, *self._versions()
+        return *modes, *self._versions_of(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_waiting": {}, "_apart_after": None}
