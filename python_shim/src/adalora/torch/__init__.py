@@ -14,6 +14,7 @@
 from .allocator import RankAllocator
 from .checkpoint import load_adapter, load_training_state, save_adapter, save_training_state
 from .config import AdaLoraConfig
+from .convolution import svd_conv
 from .functional import Part, svd_linear
 from .layers import SharedInput, SVDLinear
 from .model import (
@@ -53,6 +54,7 @@ __all__ = [
     "save_training_state",
     "set_adapter",
     "share_input",
+    "svd_conv",
     "svd_linear",
     "unload",
     "unmerge",
