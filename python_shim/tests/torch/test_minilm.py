@@ -86,7 +86,7 @@ def test_demo(library: adalora.Library, tmp_path: Path) -> None:
     assert results["reloaded_difference"] == 0
     assert f"{results['accuracy']['after']:.4f} after training" in done.stdout
     assert "bit for bit the same scores" in done.stdout
-    table = re.search(r"^layer .*output.dense +sum\n((?: .*\n){7})", done.stdout, re.MULTILINE)[1].split()
+    table = re.search(r"^layer  query  key  value .*sum\n((?: .*\n){7})", done.stdout, re.MULTILINE)[1].split()
     assert table[-1] == "72"
     assert set(results["seconds"]) == {*minilm_tweets.PARTS, "total"}
     assert all(part in done.stdout for part in minilm_tweets.PARTS)

@@ -276,6 +276,19 @@ def test_budget_in_parameters():
         ),
         # A number that all share says nothing.
         ([f"0.layers.{i}.{m}" for i in range(4) for m in "qk"], ["0", "1", "2", "3"], ["q", "k"], []),
+        (
+            [f"{a}.{i}.tx.{t}.to_{m}" for a in ("down", "up") for i in (0, 1) for t in (0, 1) for m in "qk"],
+            ["down 0", "down 1", "up 0", "up 1"],
+            ["0.to_q", "0.to_k", "1.to_q", "1.to_k"],
+            [],
+        ),
+        (
+            [f"{a}.{i}.tx.0.{b}.{m}" for a in ("down", "up") for i in (0, 1) for b in "xy" for m in "qk"]
+            + ["mid.tx.0.x.q"],
+            ["down.0", "down.1", "up.0", "up.1", "mid"],
+            ["x.q", "x.k", "y.q", "y.k"],
+            [],
+        ),
         # Experts by layer.
         (
             [f"layers.{i}.experts.{e}.w{k}" for i in range(6) for e in range(2) for k in (1, 2)],
@@ -295,7 +308,7 @@ def test_arrange(paths: list[str], rows: list[str], columns: list[str], others: 
         for column, k in zip(table.columns, row, strict=True):
             if k is not None:
                 assert paths[k].endswith(column)
-                assert name.split()[-1] in paths[k].split(".")
+                assert name.split()[-1] in paths[k]
 
 
 def test_ticks():

@@ -79,7 +79,7 @@ td { padding: 4px 8px; text-align: center; white-space: nowrap; }
 .list th { text-align: right; }
 .list th:first-child, .list td:first-child { text-align: left; }
 .list td { text-align: right; border-bottom: 1px solid var(--line); }
-.list .name { white-space: normal; overflow-wrap: anywhere; }
+.list .name { min-width: 15em; white-space: normal; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-size: 17px; font-weight: 600; }
 footer { margin-top: 20px; font-size: 13px; color: var(--muted); }
 @media print { section { break-inside: avoid; } }

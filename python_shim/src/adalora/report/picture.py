@@ -96,7 +96,8 @@ def _bars(axes: Any, s: Summary) -> None:
     for y, (rank, initial) in enumerate(zip(s.ranks, s.initial, strict=True)):
         axes.text(initial, y, f" {rank} of {initial}", va="center", color=MUTED, fontsize=8)
     axes.set_yticks(places, [path if len(path) <= 40 else f"…{path[-39:]}" for path in s.paths])
-    axes.set_ylim(len(s.paths) - 0.4, -0.6)
+    # Few bars stay thin.
+    axes.set_ylim(max(len(s.paths), 10) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max(1, *s.initial))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(length=0)
@@ -145,7 +146,7 @@ def _movement(axes: Any, s: Summary) -> None:
     values = [[shade(s.share(positions, ranks)) for _, ranks in entries] for _, positions in groups]
     colors = ListedColormap(SHADE_COLORS)
     axes.pcolormesh(edges, [y - 0.5 for y in range(len(groups) + 1)], values, cmap=colors, vmin=-0.5, vmax=SHADES + 0.5)
-    every = max(1, len(groups) // 16)
+    every = -(-len(groups) // 12)
     axes.set_yticks(range(0, len(groups), every), [name for name, _ in groups][::every])
     axes.invert_yaxis()
     axes.hlines([y + 0.5 for y in range(len(groups) - 1)], edges[0], edges[-1], color="white", linewidth=0.8)
@@ -168,14 +169,15 @@ def _scores(axes: Any, s: Summary) -> None:
         if points:
             axes.scatter(*zip(*points, strict=True), s=size, color=color, label=name, linewidths=0, zorder=2)
     axes.set_yscale("log")
+    axes.minorticks_off()
     begin, ticks = 0, []
     for number, (name, positions) in enumerate(groups):
         if number % 2:
             axes.axvspan(begin - 0.5, begin + len(positions) - 0.5, color=LINE, alpha=0.45, linewidth=0)
         ticks.append((begin + (len(positions) - 1) / 2, name))
         begin += len(positions)
-    # About 120 characters fit.
-    places, names = zip(*with_room(ticks, len(order) / 120), strict=True)
+    # About 85 characters fit.
+    places, names = zip(*with_room(ticks, len(order) / 85), strict=True)
     axes.set_xticks(places, names)
     axes.set_xlim(-0.6, len(order) - 0.4)
     if s.lowest_kept:

@@ -50,8 +50,11 @@ def _arrange(paths: Sequence[str], number: int) -> Table:
     modules = list(dict.fromkeys(place.module for place in places if place))
     layers = sorted({(stacks.index(place.stack), place.layer) for place in places if place})
     position = {place: k for k, place in enumerate(places) if place}
+    names = _short(stacks)
+    # A number that all have says nothing beside the stacks' names.
+    numbered = len(stacks) == 1 or len({layer for _, layer in layers}) > 1
     return Table(
-        [f"{name} {layer}".lstrip() for stack, layer in layers for name in [_short(stacks)[stack]]],
+        [f"{names[stack]} {layer if numbered else ''}".strip() for stack, layer in layers],
         [_ending(module, modules) for module in modules],
         [[position.get(Place(stacks[stack], layer, module)) for module in modules] for stack, layer in layers],
         [k for k, place in enumerate(places) if not place],

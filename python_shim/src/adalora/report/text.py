@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from .summary import Summary
@@ -38,7 +39,8 @@ def _ranks(s: Summary) -> list[str]:
             [name, *("-" if k is None else s.ranks[k] for k in row), sum(s.ranks[k] for k in row if k is not None)]
             for name, row in zip(table.rows, table.cells, strict=True)
         ]
-        lines += _aligned([["layer", *table.columns, "sum"], *rows, ["sum", *sums, sum(sums)]])
+        head = _stacked(["layer", *table.columns, "sum"])
+        lines += _aligned([*head, *rows, ["sum", *sums, sum(sums)]])
     if table.others:
         lines += [""] if lines else []
         lines += _aligned(
@@ -70,6 +72,13 @@ def _scores(s: Summary) -> list[str]:
 
 def _with_pattern(s: Summary) -> list[tuple[int, tuple[list[float], list[bool]]]]:
     return list(enumerate(zip(s.scores or [], (p.tolist() for p in s.standing.pattern), strict=True)))
+
+
+def _stacked(names: Sequence[str]) -> list[list[str]]:
+    """Names such as SelfAttention.q, a word in each line, ended by the last ones."""
+    parts = [re.split(r"(?<=\.)(?=.)|(?<=[a-z])(?=[A-Z])", name) for name in names]
+    height = max(map(len, parts))
+    return [list(line) for line in zip(*([""] * (height - len(each)) + each for each in parts), strict=True)]
 
 
 def _aligned(rows: Sequence[Sequence[object]], left: int = 0, bar: bool = False) -> list[str]:
