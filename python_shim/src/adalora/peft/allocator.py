@@ -1,0 +1,298 @@
+"""The rank allocator of a PEFT model: PEFT's interface over `adalora.torch.RankAllocator`."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig
+from peft.tuners.adalora.layer import AdaLoraLayer, deepspeed_config
+from torch import Tensor, nn
+
+from ..allocator import Standing, StepValues
+from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
+from ..torch import AdaLoraConfig as CheckedConfig
+from ..torch import RankAllocator as LayersAllocator
+
+_SCHEDULE = ("target_r", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2")
+
+
+def check_config(config: AdaLoraConfig) -> None:
+    """Check ranks, schedule and penalty of a configuration that is to be trained, which PEFT does in part.
+
+    Raises:
+        InvalidArgumentError: a field is wrong; it is named.
+
+    """
+    if not config.inference_mode:
+        CheckedConfig(**{name: getattr(config, name) for name in (*_SCHEDULE, "init_r", "orth_reg_weight")})
+
+
+class RankAllocator:
+    """Spreads a falling budget of ranks over the adapters of a PEFT model (PEFT's class).
+
+    `model.base_model.rankallocator` is one. Parameters and gradients are looked up at every call; the schedule is what
+    the configuration says at that time. It copies and pickles with its model.
+
+    Args:
+        model: with PEFT's layers.
+        peft_config: PEFT's configuration of the adapter.
+        adapter_name: which adapter is trained.
+
+    """
+
+    def __init__(self, model: nn.Module, peft_config: AdaLoraConfig, adapter_name: str) -> None:
+        check_config(peft_config)
+        self.model, self.peft_config, self.adapter_name = model, peft_config, adapter_name
+        # What does the work, made when it is first needed, and what it was made for.
+        self._over: LayersAllocator | None = None
+        self._made_for: tuple[Any, ...] = ()
+        # The state to go on from.
+        self._carried: dict[str, Tensor] | None = None
+        self._last_step: int | None = None
+        self._final_pattern: dict[str, list[bool]] | None = None
+
+    @property
+    def init_bgt(self) -> int:
+        """The initial budget: how many triplets there are."""
+        return sum(layer.lora_E[self.adapter_name].shape[0] for layer in self.layers().values())
+
+    @property
+    def target_bgt(self) -> int:
+        """The budget at the end."""
+        return self.peft_config.target_r * len(self.layers())
+
+    @property
+    def exp_avg_ipt(self) -> dict[str, Tensor]:
+        """Smoothed sensitivity by the parameters' names: the tensors that the next step works on."""
+        return self._averages("exp_avg_ipt")
+
+    @property
+    def exp_avg_unc(self) -> dict[str, Tensor]:
+        """Smoothed uncertainty of the sensitivity, likewise."""
+        return self._averages("exp_avg_unc")
+
+    def layers(self) -> dict[str, AdaLoraLayer]:
+        """The adapted layers by path, in the model's order."""
+        found = self.model.named_modules()
+        return {
+            path: each for path, each in found if isinstance(each, AdaLoraLayer) and self.adapter_name in each.lora_A
+        }
+
+    # PEFT's interface
+
+    def update_and_allocate(
+        self, model: nn.Module, global_step: int, force_mask: bool = False
+    ) -> tuple[int, dict[str, list[bool]] | None]:
+        """Update importance, and mask what the schedule says: once per optimiser step, before `zero_grad`.
+
+        Args:
+            model: with PEFT's layers.
+            global_step: number of the optimiser's step.
+            force_mask: mask to the step's budget where the schedule has no mask.
+
+        Returns:
+            The budget, and which triplets are kept, by the names of the `lora_E`, where a mask fell on the step or the
+            pattern is final.
+
+        """
+        step = operator.index(global_step)
+        over = self._for(model)
+        if deepspeed_config() is not None:
+            raise UnsupportedError("update_and_allocate: expected whole gradients, found DeepSpeed's ZeRO-3")
+        end = self.peft_config.total_step - self.peft_config.tfinal
+        self._check_step(over, step, end)
+        over.update_and_allocate(step)
+        self._last_step = step
+        budget, masks = over.budget(step)
+        if step >= end:
+            if self._final_pattern is None:
+                self._final_pattern = self._pattern(over)
+            return budget, self._final_pattern
+        if masks:
+            return budget, self._pattern(over)
+        return budget, self.mask_to_budget(model, budget) if force_mask else None
+
+    def budget_schedule(self, step: int) -> tuple[int, bool]:
+        """The budget that the schedule sets for a step, and whether a mask falls on it."""
+        budget, masks = self._for().budget(step)
+        return budget, masks
+
+    def update_ipt(self, model: nn.Module) -> None:
+        """Update importance from parameters and gradients, and nothing else."""
+        over = self._for(model)
+        over._place_with_gradients("update_ipt")
+        # The schedule does not matter to it before its end.
+        over._native.update(StepValues(0, has_grad=over._has_grad), with_adamw=False, stream=over._stream)
+
+    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        """Keep the `budget` triplets of the highest scores, ties by lower layer, then lower triplet.
+
+        Returns:
+            Which triplets are kept, by the names of the `lora_E`.
+
+        """
+        over = self._for(model)
+        over.place()
+        n = sum(self._ranks())
+        if not 0 <= budget <= n:
+            raise InvalidArgumentError(f"budget: expected 0 to {n}, the number of triplets, found {budget}")
+        scores = torch.empty(n, dtype=torch.float64, device=over._step.device)
+        over._native.scores(scores, stream=over._stream)
+        kept = torch.zeros(n, dtype=torch.bool, device=scores.device)
+        kept[scores.sort(descending=True, stable=True).indices[:budget]] = True
+        over.set_rank_pattern(dict(zip(over.layers, kept.split(self._ranks()), strict=True)))
+        return self._pattern(over)
+
+    def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: Mapping[str, list[bool]]) -> None:
+        """Keep what a pattern says; names may end in the adapter's name or not."""
+        over = self._for(model)
+        over.set_rank_pattern(by_path(rank_pattern))
+
+    def reset_ipt(self) -> None:
+        """Begin importance anew."""
+        for average in (self.exp_avg_ipt, self.exp_avg_unc):
+            for tensor in average.values():
+                tensor.zero_()
+
+    def set_total_step(self, total_step: int) -> None:
+        """Set how many steps the run has."""
+        self.peft_config.total_step = total_step
+
+    # Beyond PEFT's
+
+    def orthogonality_loss(self, weight: float | None = None) -> Tensor:
+        """The orthogonality penalty, `weight / (2 n) * (sum ||A A^T - I|| + ||B^T B - I||)` over the n layers.
+
+        Args:
+            weight: of the penalty; None: the configuration's `orth_reg_weight`.
+
+        """
+        return self._for().orthogonality_loss(weight)
+
+    def standing(self) -> Standing:
+        """Pattern, ranks, clocks and counters."""
+        return self._for().standing()
+
+    def finalize(self) -> dict[str, list[bool]]:
+        """Take the last mask now, where a run ends before `total_step - tfinal`; returns which triplets are kept."""
+        over = self._for()
+        over.finalize()
+        self._final_pattern = self.peft_config.rank_pattern = self._pattern(over)
+        return self._final_pattern
+
+    def reset(self) -> None:
+        """Begin a new run: pattern, clocks and averages as at the start; parameters stay."""
+        self._for().reset()
+        self._last_step = self._final_pattern = None
+
+    def is_over(self) -> bool:
+        """Whether the run has had its last step."""
+        return self._last_step is not None and self._last_step >= self.peft_config.total_step - 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a run needs beside parameters and the optimiser's state to go on bit for bit."""
+        return self._for().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing."""
+        over = self._for()
+        over.load_state_dict(state_dict)
+        self._take_over(over)
+
+    def take_over(self, other: Any) -> None:
+        """Go on from where PEFT's own allocator of the adapter stands."""
+        pattern, over = self.peft_config.rank_pattern, self._for()
+        names = {f"{path}.lora_{matrix}.{self.adapter_name}" for path in over.layers for matrix in "AEB"}
+        known = names <= other.exp_avg_ipt.keys()
+        if known:
+            for average in ("exp_avg_ipt", "exp_avg_unc"):
+                for name, tensor in self._averages(average).items():
+                    tensor.copy_(getattr(other, average)[name])
+        kept = by_path(pattern or {})
+        if kept.keys() == over.layers.keys() and tuple(map(len, kept.values())) == self._ranks():
+            # PEFT drops importance with the last mask.
+            over.set_rank_pattern(kept, final=not known)
+            self._final_pattern = None if known else self._pattern(over)
+
+    def __getstate__(self) -> dict[str, Any]:
+        carried = self._carried if self._over is None else self._over.state_dict()
+        return {**self.__dict__, "_over": None, "_made_for": (), "_carried": carried}
+
+    # What does the work
+
+    def _for(self, model: nn.Module | None = None) -> LayersAllocator:
+        """The allocator over the layers as they are, under the schedule as it is."""
+        if model is not None and model is not self.model:
+            self.model, self._over = model, None
+        schedule = tuple(getattr(self.peft_config, name) for name in _SCHEDULE)
+        if self._over is not None:
+            ranks = self._ranks()
+            if self._made_for == (schedule, ranks):
+                return self._over
+            # With other ranks it is another run.
+            self._carried = self._over.state_dict() if self._made_for[1] == ranks else None
+        check_config(self.peft_config)
+        self._over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name)
+        self._made_for = schedule, self._ranks()
+        if self._carried is not None:
+            self._over.load_state_dict(self._carried)
+            self._carried = None
+            self._take_over(self._over)
+        return self._over
+
+    def _ranks(self) -> tuple[int, ...]:
+        name = self.adapter_name
+        try:
+            return tuple(layer.lora_E[name].shape[0] for layer in self._over.layers.values())
+        except KeyError:
+            raise InvalidStateError(f"model: expected the adapter {name!r}, found it deleted") from None
+
+    def _take_over(self, over: LayersAllocator) -> None:
+        standing = over.standing()
+        self._last_step = standing.last_step if standing.last_step >= 0 else None
+        self._final_pattern = self._pattern(over) if standing.is_final else None
+
+    def _check_step(self, over: LayersAllocator, step: int, end: int) -> None:
+        """Report a clock that does not go on, and a run that goes on without its state."""
+        if self._last_step is not None and step <= self._last_step:
+            warnings.warn(
+                f"update_and_allocate: expected a step after {self._last_step}, found {step}: call it once per "
+                "optimiser step; for a new run, call rankallocator.reset() first",
+                stacklevel=4,
+            )
+        elif self._last_step is None and step >= end and not over.standing().is_final:
+            # PEFT goes on from the pattern of the file. All that is left of it is which values are zero.
+            kept = {path: layer.lora_E[self.adapter_name].flatten() != 0 for path, layer in over.layers.items()}
+            found = sum(int(flags.sum()) for flags in kept.values())
+            if found > self.target_bgt:
+                raise InvalidStateError(
+                    f"update_and_allocate: expected steps before the last mask's, {end}, or the state of a run by "
+                    f"load_state_dict, found step {step} of a new run"
+                )
+            over.set_rank_pattern(kept, final=True)
+        elif self._last_step is None and step > max(self.peft_config.tinit, 1):
+            warnings.warn(
+                f"update_and_allocate: found step {step} first: importance begins anew; to go on with a run, load its "
+                "state by rankallocator.load_state_dict",
+                stacklevel=4,
+            )
+
+    def _pattern(self, over: LayersAllocator) -> dict[str, list[bool]]:
+        return {f"{path}.lora_E.{self.adapter_name}": kept for path, kept in over.rank_pattern().items()}
+
+    def _averages(self, average: str) -> dict[str, Tensor]:
+        state, name = self._for().state_dict(), self.adapter_name
+        return {
+            f"{path}.lora_{matrix}.{name}": state[f"{average}.{path}.{matrix}"]
+            for path in self.layers()
+            for matrix in "AEB"
+        }
+
+
+def by_path(rank_pattern: Mapping[str, list[bool]]) -> dict[str, list[bool]]:
+    """A rank pattern by the layers' paths: its names end in the adapter's name, or after saving do not."""
+    return {name.rpartition(".lora_E")[0]: kept for name, kept in rank_pattern.items()}

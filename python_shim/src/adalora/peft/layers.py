@@ -1,0 +1,318 @@
+"""PEFT's AdaLoRA layers over this library: classes that PEFT's own layers become instances of, as they are."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners import adalora as theirs
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..arrays import Triplets
+from ..errors import InvalidArgumentError, UnsupportedError
+from ..torch.functional import Part, context, native_adapter, svd_linear
+
+
+class _Adapted:
+    """What all kinds of layers have in common."""
+
+    def _added(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _multiplier(self, adapter_name: str) -> float:
+        """What the adapter's output is multiplied by. `scale_layer` changes it, and loading does."""
+        scaling = float(self.scaling[adapter_name]) / (self.ranknum[adapter_name].item() + 1e-5)
+        # To the library, zero stands for an adapter's own scaling.
+        return scaling or sys.float_info.min
+
+    def _input(self, x: Tensor, adapter_name: str) -> Tensor:
+        """The adapter's input, whose type goes with its output's unless `disable_input_dtype_casting` is on."""
+        dtype = self.lora_A[adapter_name].dtype
+        casts = self.cast_input_dtype_enabled or torch.is_autocast_enabled(x.device.type)
+        if x.dtype != dtype and not casts:
+            raise InvalidArgumentError(f"x: expected {dtype} as lora_A has, since inputs are not cast, found {x.dtype}")
+        return x
+
+    def _dropout(self, x: Tensor, adapter_name: str) -> tuple[Tensor, float]:
+        """The adapter's input, and the probability of what the library is to drop of it."""
+        dropout = self.lora_dropout[adapter_name]
+        if type(dropout) is nn.Dropout and dropout.p < 1:
+            return x, dropout.p if dropout.training else 0.0
+        return dropout(x), 0.0
+
+    def _add(self, y: Tensor, x: Tensor, weight: Tensor | None, owned: bool) -> Tensor:
+        """Add the active adapters to the base layer's output.
+
+        Args:
+            y: the output.
+            x: the input.
+            weight: as in `Part`.
+            owned: whether y may be overwritten.
+
+        """
+        for name in self._added():
+            dropped, p = self._dropout(self._input(x, name), name)
+            part = Part(
+                y, self.lora_A[name], self.lora_E[name], self.lora_B[name], self._multiplier(name), p, owned, weight
+            )
+            (y,) = svd_linear(dropped, [part])
+            owned, weight = True, None
+        return y
+
+    # Loading
+
+    def place_when_loaded(self, adapter_name: str, kept: list[bool]) -> None:
+        """Let the next state dict hold the kept triplets alone; the others begin with E zero."""
+        self.__dict__.setdefault("_kept", {})[adapter_name] = kept
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name, kept in self.__dict__.pop("_kept", {}).items():
+            for factor, dim in ("lora_A", 0), ("lora_E", 0), ("lora_B", 1):
+                key = f"{prefix}{factor}.{name}"
+                if key in state_dict and state_dict[key].shape[dim] != len(kept):
+                    state_dict[key] = self._placed(state_dict[key], factor, dim, kept)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @staticmethod
+    def _placed(cut: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
+        shape = list(cut.shape)
+        shape[dim] = len(kept)
+        # With A and B zero as well, a triplet would never learn.
+        values = cut.new_zeros(shape) if factor == "lora_E" else torch.empty_like(cut, shape=shape)
+        return values.index_copy_(dim, torch.tensor(kept, device=cut.device).nonzero().flatten(), cut)
+
+
+class _Merging(_Adapted):
+    """Layers whose base weight can take the adapters in."""
+
+    fan_in_fan_out = False
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight, of which a backup is kept.
+
+        Args:
+            safe_merge: look whether the result is finite, and change nothing where it is not.
+            adapter_names: which; None: the active ones.
+
+        Raises:
+            InvalidArgumentError: with `safe_merge`, a merged element is not finite.
+
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        weight = self._own_weight()
+        merged = weight.detach().clone(memory_format=torch.contiguous_format)
+        non_finite = torch.zeros(1, dtype=torch.float32, device=weight.device) if safe_merge else None
+        for name in names:
+            self._native(name).merge(
+                self._triplets(name),
+                self._as_matrix(merged),
+                non_finite=non_finite,
+                scaling=self._multiplier(name),
+                fan_in_fan_out=self.fan_in_fan_out,
+            )
+            if non_finite is not None and non_finite.item():
+                raise InvalidArgumentError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+        if not self.merged_adapters:
+            self.register_buffer("_unmerged_weight", weight.detach().clone(), persistent=False)
+        elif not self._is_as_merged(weight):
+            self._forget_backup()
+        weight.data.copy_(merged)
+        self._merged_sum = _sum_of_bits(weight)
+        self.merged_adapters += names
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again.
+
+        Exactly, unless somebody else changed the weight since: then the adapters are subtracted.
+        """
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self._own_weight()
+        if self._is_as_merged(weight):
+            weight.data.copy_(self._unmerged_weight)
+        else:
+            unmerged = weight.detach().clone(memory_format=torch.contiguous_format)
+            for name in reversed(self.merged_adapters):
+                if name in self.lora_A:
+                    self._native(name).unmerge(
+                        self._triplets(name),
+                        self._as_matrix(unmerged),
+                        scaling=self._multiplier(name),
+                        fan_in_fan_out=self.fan_in_fan_out,
+                    )
+            weight.data.copy_(unmerged)
+        self._forget_backup()
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`scaling * B diag(E) A` in the shape of the base weight and the type of the parameters."""
+        A, E, B = params = self.lora_A[adapter], self.lora_E[adapter], self.lora_B[adapter]
+        shape = self.get_base_layer().weight.shape
+        if torch.is_grad_enabled() and any(p.requires_grad for p in params):
+            # What the adapter makes of every unit vector can be differentiated.
+            units = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+            y = torch.zeros(A.shape[1], B.shape[0], dtype=A.dtype, device=A.device)
+            (delta,) = svd_linear(units, [Part(y, A, E, B, self._multiplier(adapter), in_place=True)])
+            return delta if self.fan_in_fan_out else delta.T.reshape(shape)
+        delta = torch.empty(shape, dtype=A.dtype, device=A.device)
+        self._native(adapter).delta_weight(
+            self._triplets(adapter),
+            self._as_matrix(delta),
+            scaling=self._multiplier(adapter),
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
+        return delta
+
+    def _own_weight(self) -> nn.Parameter:
+        base = self.get_base_layer()
+        if "weight" not in base._parameters:
+            raise UnsupportedError(
+                "merge: expected a base layer whose weight is a parameter of its own, found one that is computed"
+            )
+        return base.weight
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.view(weight.shape[0], -1)
+
+    def _native(self, adapter_name: str) -> Any:
+        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        return native_adapter(context(A.device), A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype)
+
+    def _triplets(self, adapter_name: str) -> Triplets:
+        params = self.lora_A[adapter_name], self.lora_E[adapter_name], self.lora_B[adapter_name]
+        return Triplets(*(p.detach().contiguous() for p in params))
+
+    def _is_as_merged(self, weight: Tensor) -> bool:
+        return "_unmerged_weight" in self._buffers and _sum_of_bits(weight) == self._merged_sum
+
+    def _forget_backup(self) -> None:
+        self._buffers.pop("_unmerged_weight", None)
+        self._non_persistent_buffers_set.discard("_unmerged_weight")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, and what the active adapters add to it."""
+        if self.disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if self.disable_adapters or self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(x, *args, **kwargs)
+
+
+class SVDLinear(_Merging, theirs.SVDLinear):
+    """A linear layer or transformers' `Conv1D` with adapters."""
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = self._plain_weight(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight is None):
+            y = self.base_layer(x, *args, **kwargs)
+        return self._add(y, x, weight, self._may_overwrite(y))
+
+    def _plain_weight(self, x: Tensor) -> Tensor | None:
+        """The base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
+        base = self.base_layer
+        plain = (
+            _is_plain(base)
+            and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+            and base.weight.dtype == x.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and self._added()
+        )
+        return base.weight if plain else None
+
+    def _may_overwrite(self, y: Tensor) -> bool:
+        """Whether nobody but this layer can hold y."""
+        own = _is_plain(self.base_layer) and not y._is_view() and not (y.is_leaf and y.requires_grad)
+        # A mode that sees every operator may keep its output.
+        return own and y.is_contiguous() and torch._C._len_torch_dispatch_stack() == 0
+
+
+class SVDConv2d(_Merging, theirs.SVDConv2d):
+    """A two-dimensional convolution with adapters."""
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        base = self.get_base_layer()
+        for name in self._added():
+            A, E, B = self.lora_A[name], self.lora_E[name], self.lora_B[name]
+            dropped = self.lora_dropout[name](self._input(x, name)).to(y.dtype)
+            kernel = A.to(y.dtype).view(A.shape[0], *base.weight.shape[1:])
+            h = base._conv_forward(dropped, kernel, None)
+            # Channels last: rows of features.
+            h, rows = (t.movedim(-3, -1).contiguous() for t in (h, y))
+            unit = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
+            (rows,) = svd_linear(h, [Part(rows, unit, E, B, self._multiplier(name), in_place=False)])
+            y = rows.movedim(-1, -3).contiguous()
+        return y
+
+
+class _Quantized(_Adapted):
+    """Layers of whose base nothing but the output is known."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, and what the active adapters add to it."""
+        y = self.base_layer(x, *args, **kwargs)
+        return y if self.disable_adapters else self._add(y, x, None, False)
+
+
+class SVDQuantLinear(_Quantized, theirs.SVDQuantLinear):
+    """A layer quantized by GPTQ with adapters."""
+
+
+CLASSES: dict[type, type] = {
+    theirs.SVDLinear: SVDLinear,
+    theirs.SVDConv2d: SVDConv2d,
+    theirs.SVDQuantLinear: SVDQuantLinear,
+}
+"""By PEFT's class, ours."""
+
+for _name in ("SVDLinear8bitLt", "SVDLinear4bit"):
+    # PEFT has them where bitsandbytes is installed.
+    if hasattr(theirs, _name):
+        _theirs = getattr(theirs, _name)
+        _doc = "A layer quantized by bitsandbytes with adapters."
+        CLASSES[_theirs] = globals()[_name] = type(
+            _name, (_Quantized, _theirs), {"__doc__": _doc, "__module__": __name__}
+        )
+
+
+def accelerated_class(layer: nn.Module) -> type:
+    """The class that a layer of PEFT's is to have.
+
+    Raises:
+        UnsupportedError: there is none.
+
+    """
+    found = type(layer)
+    if found in CLASSES.values():
+        return found
+    if found not in CLASSES:
+        expected = ", ".join(cls.__name__ for cls in CLASSES)
+        raise UnsupportedError(f"model: expected layers of PEFT's classes {expected}, found {found}")
+    return CLASSES[found]
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether a base layer does what `torch.nn.Linear` does, and nobody watches it."""
+    hooks = base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
+    return (
+        type(base) is nn.Linear
+        and "forward" not in base.__dict__
+        and not any(hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
+
+
+def _sum_of_bits(weight: Tensor) -> int:
+    """A number that shows whether a weight was changed."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.detach().contiguous().view(bits).sum(dtype=torch.int64).item()

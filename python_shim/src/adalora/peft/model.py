@@ -1,0 +1,267 @@
+"""PEFT's AdaLoRA model over this library, and what makes one of a model that PEFT made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners import adalora as theirs
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_gptqmodel_quant_linear
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
+from .allocator import RankAllocator, by_path, check_config
+from .layers import CLASSES, accelerated_class
+
+
+class AdaLoraModel(theirs.AdaLoraModel):
+    """A model with AdaLoRA adapters (PEFT's class): what `model.base_model` is of a PEFT model that is accelerated."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output; in training, `loss` has the orthogonality penalty of the trained adapter in it."""
+        outputs = self.model.forward(*args, **kwargs)
+        loss = getattr(outputs, "loss", None)
+        if self.training and isinstance(loss, Tensor):
+            config = self._trained()[1]
+            if config is not None and config.orth_reg_weight != 0:
+                outputs.loss = loss + self.orthogonality_loss().to(loss.device, loss.dtype)
+        return outputs
+
+    def orthogonality_loss(self, weight: float | None = None) -> Tensor:
+        """The orthogonality penalty of the trained adapter, for losses that the model does not compute itself.
+
+        Args:
+            weight: of the penalty; None: the configuration's `orth_reg_weight`.
+
+        """
+        self._penalty_was_taken = True
+        return self._allocator("orthogonality_loss").orthogonality_loss(weight)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Update importance, and mask what the schedule says: after the optimiser's step, before `zero_grad`.
+
+        Args:
+            global_step: number of the optimiser's step, from 0 on.
+
+        """
+        allocator = self._allocator("update_and_allocate")
+        _, pattern = allocator.update_and_allocate(self.model, global_step)
+        if pattern is not None:
+            allocator.peft_config.rank_pattern = pattern
+        weight = allocator.peft_config.orth_reg_weight
+        if weight and not self.__dict__.get("_penalty_was_taken", False):
+            warnings.warn(
+                f"orth_reg_weight: expected the penalty in the loss, since the weight is {weight}, found none: the "
+                "model returned no loss in training; add model.base_model.orthogonality_loss() to yours",
+                stacklevel=2,
+            )
+        # Once is enough.
+        self._penalty_was_taken = True
+
+    def _check_new_adapter_config(self, config: AdaLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        check_config(config)
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: AdaLoraConfig, adapter_name: str, target: nn.Module, device_map: Any = None, **kwargs: Any
+    ) -> nn.Module:
+        check_config(lora_config)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        in_8bit, in_4bit = (kwargs.pop(f"loaded_in_{bits}bit", False) for bits in (8, 4))
+        gptq = get_gptqmodel_quant_linear(kwargs.get("gptq_quantization_config"), device_map=device_map)
+        if in_8bit and is_bnb_available() and _is_bitsandbytes(base, "Linear8bitLt"):
+            kind = theirs.SVDLinear8bitLt
+        elif in_4bit and is_bnb_4bit_available() and _is_bitsandbytes(base, "Linear4bit"):
+            kind = theirs.SVDLinear4bit
+        elif gptq is not None and isinstance(target, gptq):
+            kind = theirs.SVDQuantLinear
+        elif isinstance(base, nn.Conv2d):
+            _refuse_groups(base)
+            kind = theirs.SVDConv2d
+        elif isinstance(base, nn.Linear | Conv1D):
+            kind = theirs.SVDLinear
+            transposed = isinstance(base, Conv1D)
+            if lora_config.fan_in_fan_out != transposed:
+                warnings.warn(
+                    f"fan_in_fan_out is set to {not transposed} but the target module is `{type(base).__name__}`. "
+                    f"Setting fan_in_fan_out to {transposed}.",
+                    stacklevel=2,
+                )
+                lora_config.fan_in_fan_out = transposed
+        else:
+            raise UnsupportedType(
+                f"Target module {target} is not supported. "
+                "Expected `torch.nn.Linear`, `Conv1D` or `torch.nn.Conv2d`, or a layer quantized by 8 or 4 bits or GPTQ."
+            )
+        return CLASSES[kind](target, adapter_name, config=lora_config, **kwargs)
+
+    # Files
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: Mapping[str, Any], adapter_name: str) -> None:
+        """Give every layer the triplets that a file holds, as its `rank_pattern` says. Scalings stay.
+
+        An adapter that is to be trained on, above its target budget, keeps the others too, with E zero: they may come
+        back.
+        """
+        config, layers = self.peft_config[adapter_name], self._layers(adapter_name)
+        patterns = {path: _flags(path, kept) for path, kept in by_path(rank_pattern).items()}
+        for path, kept in patterns.items():
+            if path not in layers:
+                raise InvalidArgumentError(f"rank_pattern: expected names of adapted layers, found {path!r}")
+            r = layers[path].lora_E[adapter_name].shape[0]
+            if len(kept) != r and sum(kept) != r:
+                raise InvalidArgumentError(f"rank_pattern[{path!r}]: expected {r} flags, found {len(kept)}")
+        total = sum(map(sum, patterns.values()))
+        goes_on = not config.inference_mode and total > config.target_r * len(layers)
+        for path, kept in patterns.items():
+            layer = layers[path]
+            if all(kept) or len(kept) != layer.lora_E[adapter_name].shape[0]:
+                continue
+            if goes_on:
+                layer.place_when_loaded(adapter_name, kept)
+            else:
+                _cut(layer, adapter_name, kept)
+
+    def resize_state_dict_by_rank_pattern(
+        self, rank_pattern: Mapping[str, Any], state_dict: dict[str, Tensor], adapter_name: str
+    ) -> dict[str, Tensor]:
+        """Leave masked triplets out of a state dict that is to be saved, once the run is over.
+
+        Before, all are in it, since masked ones learn and may come back; the configuration's pattern says so.
+        """
+        config, allocator = self.peft_config[adapter_name], self.__dict__.get("rankallocator")
+        trains = isinstance(allocator, RankAllocator) and allocator.adapter_name == adapter_name
+        saved: dict[str, list[bool]] = {}
+        for path in self._layers(adapter_name):
+            full = f"{path}.lora_E.{adapter_name}"
+            # PEFT takes the adapter's name out wherever it occurs.
+            names = full, f"{path}.lora_E", full.replace(f".{adapter_name}", "")
+            kept = next((_flags(path, rank_pattern[name]) for name in names if name in rank_pattern), None)
+            if kept is None:
+                continue
+            keys = [f"base_model.model.{path}.lora_{factor}.{adapter_name}" for factor in "AEB"]
+            A, E, B = (state_dict[key] for key in keys)
+            if E.shape[0] == len(kept):
+                index = torch.tensor(kept, device=E.device)
+                if (trains and not allocator.is_over()) or bool(E[~index].any()):
+                    kept = [True] * len(kept)
+                elif not all(kept):
+                    state_dict.update(zip(keys, (A[index], E[index], B[:, index]), strict=True))
+                    if config.lora_alpha <= 0:
+                        # It stands for the rank, which PEFT takes for the one in the file.
+                        config.lora_alpha = config.init_r
+            elif E.shape[0] != sum(kept):
+                raise InvalidArgumentError(f"rank_pattern[{path!r}]: expected {E.shape[0]} flags, found {len(kept)}")
+            saved[f"{path}.lora_E"] = kept
+        config.rank_pattern = saved
+        return state_dict
+
+    # Layers and adapters
+
+    def _layers(self, adapter_name: str) -> dict[str, AdaLoraLayer]:
+        found = self.model.named_modules()
+        return {path: each for path, each in found if isinstance(each, AdaLoraLayer) and adapter_name in each.lora_A}
+
+    def _trained(self) -> tuple[str | None, AdaLoraConfig | None]:
+        """The name and the configuration of the adapter that is trained."""
+        for name, config in self.peft_config.items():
+            if not config.inference_mode:
+                return name, config
+        return None, None
+
+    def _allocator(self, call: str) -> RankAllocator:
+        """The trained adapter's allocator; another one for another adapter."""
+        name, config = self._trained()
+        if name is None:
+            raise InvalidStateError(f"{call}: expected an adapter that is trained, found inference_mode in all")
+        found = self.__dict__.get("rankallocator")
+        if found is None or found.peft_config is not config or found.adapter_name != name:
+            self.trainable_adapter_name, self.rankallocator = name, RankAllocator(self.model, config, name)
+        return self.rankallocator
+
+
+class UnsupportedType(InvalidArgumentError, UnsupportedError):
+    """A module of a type that cannot be adapted; PEFT raises ValueError."""
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Let this library compute what PEFT's AdaLoRA layers, penalty and rank allocator compute in a model.
+
+    The model is changed in place, and stays what it is: parameters are the very tensors that PEFT made, and names, state
+    dict, hooks, optimisers and `print(model)` do not change. A run may be under way: importance and pattern go on.
+
+    Args:
+        model: a PEFT model with an AdaLoRA adapter, or any module that contains PEFT's AdaLoRA layers.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidArgumentError: there is no AdaLoRA layer, or a configuration is wrong. The model is unchanged.
+        UnsupportedError: a layer cannot be computed here. The model is unchanged.
+
+    """
+    layers = [each for each in model.modules() if isinstance(each, AdaLoraLayer)]
+    if not layers:
+        raise InvalidArgumentError(
+            f"model: expected a PEFT model with an AdaLoRA adapter, found {type(model).__name__} without one"
+        )
+    classes = [accelerated_class(layer) for layer in layers]
+    for layer in layers:
+        _refuse_groups(layer.get_base_layer())
+    tuners = [each for each in model.modules() if isinstance(each, theirs.AdaLoraModel)]
+    for tuner in tuners:
+        if type(tuner) not in (theirs.AdaLoraModel, AdaLoraModel):
+            raise UnsupportedError(f"model: expected PEFT's AdaLoraModel, found {type(tuner)}")
+        for config in tuner.peft_config.values():
+            check_config(config)
+    for layer, cls in zip(layers, classes, strict=True):
+        layer.__class__ = cls
+    for tuner in tuners:
+        tuner.__class__ = AdaLoraModel
+        allocator = tuner.__dict__.get("rankallocator")
+        if isinstance(allocator, theirs.RankAllocator):
+            ours = RankAllocator(tuner.model, allocator.peft_config, allocator.adapter_name)
+            ours.take_over(allocator)
+            tuner.rankallocator = ours
+    return model
+
+
+def _is_bitsandbytes(base: nn.Module, name: str) -> bool:
+    import bitsandbytes
+
+    return isinstance(base, getattr(bitsandbytes.nn, name))
+
+
+def _refuse_groups(base: nn.Module) -> None:
+    if isinstance(base, nn.Conv2d) and base.groups != 1:
+        raise UnsupportedError(
+            f"model: expected convolutions of one group, since PEFT gives A the columns of all input channels, "
+            f"found {base}"
+        )
+
+
+def _flags(path: str, kept: Any) -> list[bool]:
+    if isinstance(kept, Tensor):
+        kept = kept.flatten().tolist()
+    if not isinstance(kept, list) or not all(isinstance(flag, bool) for flag in kept):
+        raise InvalidArgumentError(f"rank_pattern[{path!r}]: expected a list of bool, found {kept!r}")
+    return kept
+
+
+def _cut(layer: AdaLoraLayer, adapter_name: str, kept: list[bool]) -> None:
+    """Take triplets away. Scaling and ranknum stay, and so does what the adapter computes where E was zero."""
+    index = [k for k, flag in enumerate(kept) if flag]
+    for factors, dim in (layer.lora_A, 0), (layer.lora_E, 0), (layer.lora_B, 1):
+        p = factors[adapter_name]
+        values = p.detach().index_select(dim, torch.tensor(index, dtype=torch.int64, device=p.device))
+        factors[adapter_name] = nn.Parameter(values, requires_grad=p.requires_grad)
+    layer.r[adapter_name] = len(index)
