@@ -58,8 +58,9 @@ class AdaLoraModel(theirs.AdaLoraModel):
         weight = allocator.peft_config.orth_reg_weight
         if weight and not self.__dict__.get("_penalty_was_taken", False):
             warnings.warn(
-                f"orth_reg_weight: expected the penalty in the loss, since the weight is {weight}, found none: the "
-                "model returned no loss in training; add model.base_model.orthogonality_loss() to yours",
+                f"orth_reg_weight: expected the penalty in the loss, since the weight is {weight}, found none: it is added "
+                "where base_model returns a loss in training, and a PEFT model without task_type does not call that; "
+                "add model.base_model.orthogonality_loss() to your loss, or set orth_reg_weight to 0",
                 stacklevel=2,
             )
         # Once is enough.
