@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-replay fuzz \
+.PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-peft test-replay fuzz \
   test-instructions instructions-baseline cargo tools python clean
 
 LIBRARY := target/release/libadalora.so
@@ -24,7 +24,7 @@ demo-cpp: tools lib
 	cmake --build target/cpp --target digits_trainer
 	target/cpp/digits/digits_trainer
 
-test: format lint test-rust test-cpp test-cpp-sanitized test-python test-replay test-instructions fuzz
+test: format lint test-rust test-cpp test-cpp-sanitized test-python test-peft test-replay test-instructions fuzz
 
 format: tools
 	cargo fmt --all --check
@@ -50,6 +50,11 @@ test-cpp-sanitized: tools lib-sanitized
 
 test-python: python
 	cd python_shim && $(abspath $(PYTHON)) -m pytest -q
+
+# PEFT's own AdaLoRA tests, without adalora and with it.
+test-peft: python
+	$(PYTHON) -m pip install --quiet --constraint python_shim/constraints.txt './python_shim[pefts-tests]'
+	$(PYTHON) python_shim/tests/peft/pefts_own.py --folder target/pefts-tests
 
 test-replay: tools lib
 	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float64 $(GOLDEN)

@@ -85,7 +85,8 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """The trained parameters, without the initial rank, a constant that PEFT leaves to the optimiser at times."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and "ranknum" not in name}
 
 
 def batches(steps: int = STEPS, seed: int = 7, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor]]:

@@ -52,7 +52,10 @@ class RankAllocator:
         self._made_for: tuple[Any, ...] = ()
         # The state to go on from.
         self._carried: dict[str, Tensor] | None = None
-        self._last_step: int | None = None
+        # Whether there was a step, or another run's state.
+        self._has_begun = False
+        self._last_step = -1
+        self._nonzero: dict[str, Tensor] = {}
         self._final_pattern: dict[str, list[bool]] | None = None
 
     @property
@@ -106,7 +109,7 @@ class RankAllocator:
         end = self.peft_config.total_step - self.peft_config.tfinal
         self._check_step(over, step, end)
         over.update_and_allocate(step)
-        self._last_step = step
+        self._has_begun, self._last_step = True, step
         budget, masks = over.budget(step)
         if step >= end:
             if self._final_pattern is None:
@@ -187,11 +190,11 @@ class RankAllocator:
     def reset(self) -> None:
         """Begin a new run: pattern, clocks and averages as at the start; parameters stay."""
         self._for().reset()
-        self._last_step = self._final_pattern = None
+        self._has_begun, self._last_step, self._final_pattern = False, -1, None
 
     def is_over(self) -> bool:
         """Whether the run has had its last step."""
-        return self._last_step is not None and self._last_step >= self.peft_config.total_step - 1
+        return self._last_step >= self.peft_config.total_step - 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs beside parameters and the optimiser's state to go on bit for bit."""
@@ -205,7 +208,10 @@ class RankAllocator:
 
     def take_over(self, other: Any) -> None:
         """Go on from where PEFT's own allocator of the adapter stands."""
-        pattern, over = self.peft_config.rank_pattern, self._for()
+        pattern = self.peft_config.rank_pattern
+        if not other.exp_avg_ipt and not pattern:
+            return
+        over = self._for()
         names = {f"{path}.lora_{matrix}.{self.adapter_name}" for path in over.layers for matrix in "AEB"}
         known = names <= other.exp_avg_ipt.keys()
         if known:
@@ -213,10 +219,12 @@ class RankAllocator:
                 for name, tensor in self._averages(average).items():
                     tensor.copy_(getattr(other, average)[name])
         kept = by_path(pattern or {})
-        if kept.keys() == over.layers.keys() and tuple(map(len, kept.values())) == self._ranks():
-            # PEFT drops importance with the last mask.
-            over.set_rank_pattern(kept, final=not known)
-            self._final_pattern = None if known else self._pattern(over)
+        fits = kept.keys() == over.layers.keys() and tuple(map(len, kept.values())) == self._ranks()
+        # PEFT drops importance with the last mask. Before it, masked triplets learn, and a pattern would stop them.
+        if fits and not known:
+            over.set_rank_pattern(kept, final=True)
+            self._final_pattern = self._pattern(over)
+        self._has_begun = known or self._final_pattern is not None
 
     def __getstate__(self) -> dict[str, Any]:
         carried = self._carried if self._over is None else self._over.state_dict()
@@ -238,6 +246,10 @@ class RankAllocator:
         check_config(self.peft_config)
         self._over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name)
         self._made_for = schedule, self._ranks()
+        # Before the optimiser's next step moves those that are masked.
+        self._nonzero = {
+            path: layer.lora_E[self.adapter_name].flatten() != 0 for path, layer in self._over.layers.items()
+        }
         if self._carried is not None:
             self._over.load_state_dict(self._carried)
             self._carried = None
@@ -253,28 +265,28 @@ class RankAllocator:
 
     def _take_over(self, over: LayersAllocator) -> None:
         standing = over.standing()
-        self._last_step = standing.last_step if standing.last_step >= 0 else None
+        self._has_begun, self._last_step = True, standing.last_step
         self._final_pattern = self._pattern(over) if standing.is_final else None
 
     def _check_step(self, over: LayersAllocator, step: int, end: int) -> None:
         """Report a clock that does not go on, and a run that goes on without its state."""
-        if self._last_step is not None and step <= self._last_step:
+        if step <= self._last_step:
             warnings.warn(
                 f"update_and_allocate: expected a step after {self._last_step}, found {step}: call it once per "
                 "optimiser step; for a new run, call rankallocator.reset() first",
                 stacklevel=4,
             )
-        elif self._last_step is None and step >= end and not over.standing().is_final:
-            # PEFT goes on from the pattern of the file. All that is left of it is which values are zero.
-            kept = {path: layer.lora_E[self.adapter_name].flatten() != 0 for path, layer in over.layers.items()}
-            found = sum(int(flags.sum()) for flags in kept.values())
-            if found > self.target_bgt:
+        elif self._has_begun:
+            return
+        elif step >= end:
+            # What a run in its last phase left in the parameters: which values are zero.
+            if sum(int(flags.sum()) for flags in self._nonzero.values()) != self.target_bgt:
                 raise InvalidStateError(
                     f"update_and_allocate: expected steps before the last mask's, {end}, or the state of a run by "
                     f"load_state_dict, found step {step} of a new run"
                 )
-            over.set_rank_pattern(kept, final=True)
-        elif self._last_step is None and step > max(self.peft_config.tinit, 1):
+            over.set_rank_pattern(self._nonzero, final=True)
+        elif step > max(self.peft_config.tinit, 1):
             warnings.warn(
                 f"update_and_allocate: found step {step} first: importance begins anew; to go on with a run, load its "
                 "state by rankallocator.load_state_dict",

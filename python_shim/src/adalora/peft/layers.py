@@ -80,8 +80,8 @@ class _Adapted:
     def _placed(cut: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
         shape = list(cut.shape)
         shape[dim] = len(kept)
-        # With A and B zero as well, a triplet would never learn.
-        values = cut.new_zeros(shape) if factor == "lora_E" else torch.empty_like(cut, shape=shape)
+        # With A and B zero as well, a triplet would never learn: they begin as PEFT's do.
+        values = cut.new_zeros(shape) if factor == "lora_E" else cut.new_empty(shape).normal_(std=0.02)
         return values.index_copy_(dim, torch.tensor(kept, device=cut.device).nonzero().flatten(), cut)
 
 

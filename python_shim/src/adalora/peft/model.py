@@ -58,9 +58,9 @@ class AdaLoraModel(theirs.AdaLoraModel):
         weight = allocator.peft_config.orth_reg_weight
         if weight and not self.__dict__.get("_penalty_was_taken", False):
             warnings.warn(
-                f"orth_reg_weight: expected the penalty in the loss, since the weight is {weight}, found none: it is added "
-                "where base_model returns a loss in training, and a PEFT model without task_type does not call that; "
-                "add model.base_model.orthogonality_loss() to your loss, or set orth_reg_weight to 0",
+                f"orth_reg_weight: expected the penalty in the loss, since the weight is {weight}, found none: it is "
+                "added where base_model returns a loss in training, and a PEFT model without task_type does not call "
+                "that; add model.base_model.orthogonality_loss() to your loss, or set orth_reg_weight to 0",
                 stacklevel=2,
             )
         # Once is enough.
@@ -100,7 +100,8 @@ class AdaLoraModel(theirs.AdaLoraModel):
         else:
             raise UnsupportedType(
                 f"Target module {target} is not supported. "
-                "Expected `torch.nn.Linear`, `Conv1D` or `torch.nn.Conv2d`, or a layer quantized by 8 or 4 bits or GPTQ."
+                "Expected `torch.nn.Linear`, `Conv1D` or `torch.nn.Conv2d`, or a layer quantized by 8 or 4 bits or "
+                "GPTQ."
             )
         return CLASSES[kind](target, adapter_name, config=lora_config, **kwargs)
 
@@ -196,8 +197,9 @@ class UnsupportedType(InvalidArgumentError, UnsupportedError):
 def accelerate(model: nn.Module) -> nn.Module:
     """Let this library compute what PEFT's AdaLoRA layers, penalty and rank allocator compute in a model.
 
-    The model is changed in place, and stays what it is: parameters are the very tensors that PEFT made, and names, state
-    dict, hooks, optimisers and `print(model)` do not change. A run may be under way: importance and pattern go on.
+    The model is changed in place, and stays what it is: parameters are the very tensors that PEFT made, and names,
+    state dict, hooks, optimisers and `print(model)` do not change. A run may be under way: importance and pattern go
+    on.
 
     Args:
         model: a PEFT model with an AdaLoRA adapter, or any module that contains PEFT's AdaLoRA layers.
