@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
-from .expand import svd_expand
-from .functional import _fitting
+from .expand import _fitting, svd_expand
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
 """The layers that can be adapted, and what they call."""

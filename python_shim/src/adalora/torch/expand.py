@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapter import GroupCall, Share, Stage
 from ..arrays import NAMES, Triplets
 from ..errors import InvalidArgumentError
-from .functional import DTYPES, Part, _check_mode, _fitting, _stream, context, native_adapter, once_differentiable
+from .functional import DTYPES, Part, _check_mode, _stream, context, native_adapter, once_differentiable
 
 # How many adapters one native call takes.
 _LARGEST_GROUP = 64
@@ -122,6 +122,14 @@ def _forward(
     h_rows = _rows_of_h(h, channel_dim, groups, added.dtype)
     _run(Stage.EXPAND, added.view(-1, B.shape[0]), h_rows, E, _fitting(B, added.dtype), scaling, groups)
     return y.add_(added.movedim(-1, channel_dim))
+
+
+def _fitting(param: Tensor, activation_dtype: torch.dtype) -> Tensor:
+    """A parameter in a type that goes with the activations'."""
+    if param.dtype == activation_dtype:
+        return param
+    wide = activation_dtype in (torch.float32, torch.float64)
+    return param.to(activation_dtype if wide else torch.float32)
 
 
 def _compute(activation: Tensor) -> torch.dtype:
