@@ -579,11 +579,3 @@ def _rows(tensor: Tensor) -> Tensor:
     columns_apart = features > 1 and rows.stride(1) != 1
     rows_overlap = rows.shape[0] > 1 and rows.stride(0) < features
     return rows.contiguous() if columns_apart or rows_overlap else rows
-
-
-def _fitting(param: Tensor, activation_dtype: torch.dtype) -> Tensor:
-    """A parameter in a type that goes with the activations'."""
-    if param.dtype == activation_dtype:
-        return param
-    wide = activation_dtype in (torch.float32, torch.float64)
-    return param.to(activation_dtype if wide else torch.float32)
