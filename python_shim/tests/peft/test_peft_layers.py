@@ -331,12 +331,47 @@ def test_convolutions_compute_what_their_merged_weight_computes(mode, shape):
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_grouped_convolutions_are_refused_before_anything_is_changed():
-    config = peft.AdaLoraConfig(target_modules=["0"], total_step=10)
-    model = peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(2, 2)), config)
-    with pytest.raises(UnsupportedError, match="one group"):
+def test_grouped_convolutions_that_peft_made_are_refused_before_anything_is_changed():
+    config = peft.AdaLoraConfig(target_modules=["0", "1"], total_step=10)
+    model = peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2)), config)
+    with pytest.raises(UnsupportedError, match=r"expected lora_A of 18 columns .* found 36"):
         adalora.peft.accelerate(model)
     assert type(model.base_model.model[0]) is theirs.SVDConv2d
+
+
+def test_grouped_convolutions(tmp_path):
+    torch.manual_seed(8)
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(24, 2))
+    config = peft.AdaLoraConfig(target_modules=["0"], total_step=10, init_r=3, target_r=1, init_lora_weights=False)
+    adalora.peft.install()
+    try:
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+        layer = model.base_model.model[0]
+        assert layer.lora_A["default"].shape == (3, 18)
+        assert layer.lora_A["default"].requires_grad
+        x = torch.randn(5, 4, 4, 4)
+        expected = model(x)
+        # Each group's channels meet A, and its own rows of B.
+        A, E, B = layer.lora_A["default"], layer.lora_E["default"], layer.lora_B["default"]
+        kernel = A.view(3, 2, 3, 3)
+        h = [nn.functional.conv2d(part, kernel) for part in x.split(2, 1)]
+        added = torch.cat(
+            [
+                torch.einsum("nrhw,or->nohw", each * E[:, :, None], rows)
+                for each, rows in zip(h, B.split(3), strict=True)
+            ],
+            1,
+        )
+        wanted = base[2]((base[0](x) + added * 8 / (3 + 1e-5)).flatten(1))
+        torch.testing.assert_close(expected, wanted, rtol=1e-4, atol=1e-4)
+        expected.square().sum().backward()
+        assert A.grad.any()
+        model.save_pretrained(tmp_path)
+        restored = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    finally:
+        adalora.peft.uninstall()
+    assert torch.equal(restored(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)
 
 
 # Layers whose base is not ours to see

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..arrays import Triplets
 from ..errors import InvalidArgumentError, UnsupportedError
+from ..torch.convolution import svd_conv
 from ..torch.functional import Part, context, native_adapter, svd_linear
 
 
@@ -88,6 +89,7 @@ class _Adapted:
 class _Merging(_Adapted):
     """Layers whose base weight can take the adapters in."""
 
+    base_kind: type[nn.Module]
     fan_in_fan_out = False
 
     @torch.no_grad()
@@ -199,6 +201,12 @@ class _Merging(_Adapted):
         self._buffers.pop("_unmerged_weight", None)
         self._non_persistent_buffers_set.discard("_unmerged_weight")
 
+    def _may_overwrite(self, y: Tensor) -> bool:
+        """Whether nobody but this layer can hold y."""
+        own = _is_plain(self.base_layer, self.base_kind) and not y._is_view() and not (y.is_leaf and y.requires_grad)
+        # A mode that sees every operator may keep its output.
+        return own and y.is_contiguous() and torch._C._len_torch_dispatch_stack() == 0
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, and what the active adapters add to it."""
         if self.disable_adapters and self.merged_adapters:
@@ -211,6 +219,8 @@ class _Merging(_Adapted):
 class SVDLinear(_Merging, theirs.SVDLinear):
     """A linear layer or transformers' `Conv1D` with adapters."""
 
+    base_kind = nn.Linear
+
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = self._plain_weight(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight is None):
@@ -221,7 +231,7 @@ class SVDLinear(_Merging, theirs.SVDLinear):
         """The base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
         base = self.base_layer
         plain = (
-            _is_plain(base)
+            _is_plain(base, nn.Linear)
             and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
             and base.weight.dtype == x.dtype
             and not torch.is_autocast_enabled(x.device.type)
@@ -229,29 +239,28 @@ class SVDLinear(_Merging, theirs.SVDLinear):
         )
         return base.weight if plain else None
 
-    def _may_overwrite(self, y: Tensor) -> bool:
-        """Whether nobody but this layer can hold y."""
-        own = _is_plain(self.base_layer) and not y._is_view() and not (y.is_leaf and y.requires_grad)
-        # A mode that sees every operator may keep its output.
-        return own and y.is_contiguous() and torch._C._len_torch_dispatch_stack() == 0
-
 
 class SVDConv2d(_Merging, theirs.SVDConv2d):
     """A two-dimensional convolution with adapters."""
 
+    base_kind = nn.Conv2d
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter as PEFT does; with groups, A has the columns of one group's channels, as the weight has."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        base, A = self.get_base_layer(), self.lora_A[adapter_name]
+        if base.groups != 1:
+            values = A.detach()[:, : A.shape[1] // base.groups].contiguous()
+            self.lora_A[adapter_name] = nn.Parameter(values, requires_grad=A.requires_grad)
+
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        base = self.get_base_layer()
+        owned = self._may_overwrite(y)
         for name in self._added():
+            dropped, p = self._dropout(self._input(x, name), name)
             A, E, B = self.lora_A[name], self.lora_E[name], self.lora_B[name]
-            dropped = self.lora_dropout[name](self._input(x, name)).to(y.dtype)
-            kernel = A.to(y.dtype).view(A.shape[0], *base.weight.shape[1:])
-            h = base._conv_forward(dropped, kernel, None)
-            # Channels last: rows of features.
-            h, rows = (t.movedim(-3, -1).contiguous() for t in (h, y))
-            unit = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
-            (rows,) = svd_linear(h, [Part(rows, unit, E, B, self._multiplier(name), in_place=False)])
-            y = rows.movedim(-1, -3).contiguous()
+            base, scaling = self.get_base_layer(), self._multiplier(name)
+            y = svd_conv(dropped, y, A, E, B, scaling, base=base, lora_dropout=p, in_place=owned)
         return y
 
 
@@ -301,11 +310,11 @@ def accelerated_class(layer: nn.Module) -> type:
     return CLASSES[found]
 
 
-def _is_plain(base: nn.Module) -> bool:
-    """Whether a base layer does what `torch.nn.Linear` does, and nobody watches it."""
+def _is_plain(base: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a base layer does what its kind does, and nobody watches it."""
     hooks = base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
     return (
-        type(base) is nn.Linear
+        type(base) is kind
         and "forward" not in base.__dict__
         and not any(hooks)
         and not nn.modules.module._has_any_global_hook()

@@ -85,7 +85,6 @@ class AdaLoraModel(theirs.AdaLoraModel):
         elif gptq is not None and isinstance(target, gptq):
             kind = theirs.SVDQuantLinear
         elif isinstance(base, nn.Conv2d):
-            _refuse_groups(base)
             kind = theirs.SVDConv2d
         elif isinstance(base, nn.Linear | Conv1D):
             kind = theirs.SVDLinear
@@ -219,7 +218,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         )
     classes = [accelerated_class(layer) for layer in layers]
     for layer in layers:
-        _refuse_groups(layer.get_base_layer())
+        _refuse_groups(layer)
     tuners = [each for each in model.modules() if isinstance(each, theirs.AdaLoraModel)]
     for tuner in tuners:
         if type(tuner) not in (theirs.AdaLoraModel, AdaLoraModel):
@@ -244,12 +243,17 @@ def _is_bitsandbytes(base: nn.Module, name: str) -> bool:
     return isinstance(base, getattr(bitsandbytes.nn, name))
 
 
-def _refuse_groups(base: nn.Module) -> None:
-    if isinstance(base, nn.Conv2d) and base.groups != 1:
-        raise UnsupportedError(
-            f"model: expected convolutions of one group, since PEFT gives A the columns of all input channels, "
-            f"found {base}"
-        )
+def _refuse_groups(layer: AdaLoraLayer) -> None:
+    """Refuse convolutions that PEFT made with A of all channels: no weight has that shape, and they compute nothing."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Conv2d):
+        expected = base.weight[0].numel()
+        for name, A in layer.lora_A.items():
+            if A.shape[1] != expected:
+                raise UnsupportedError(
+                    f"model: expected lora_A of {expected} columns for {base}, found {A.shape[1]} in {name!r}: PEFT "
+                    "gives it the channels of all groups; make the model after adalora.peft.install()"
+                )
 
 
 def _flags(path: str, kept: Any) -> list[bool]:
