@@ -4,7 +4,7 @@
 
 use super::Host;
 use super::element::{is_own, load, pointer, store, write};
-use super::kernels::{Coefficients, Order, Rows, accumulate, dot};
+use super::kernels::{Coefficients, Order, Rows, Sums, accumulate, dot};
 use super::simd::{Isa, Real};
 use super::update::{Update, sum_of_squares};
 use crate::adapter::ALIGNMENT;
@@ -394,10 +394,9 @@ impl CpuAllocator {
                     if panel.factor == Factor::A {
                         dot(isa, (rows, columns, n), p.from(row), p.from(row), to);
                     } else {
-                        (0..rows).for_each(|i| to.from(i).data.write_bytes(0, columns));
                         let p = Rows::new(p.data.wrapping_add(row), p.stride);
                         let c = Coefficients { data: p.data.cast_const(), row: 1, column: p.stride };
-                        accumulate(isa, Order::ByColumn, (rows, n, columns), c, p, to);
+                        accumulate(isa, (Order::ByColumn, Sums::Begin), (rows, n, columns), c, p, to);
                     }
                 }
                 for row in 0..rank {
@@ -447,11 +446,11 @@ impl CpuAllocator {
                 let g = self.rows_of(panel, rank, (begin, n), |s| s.g, scratch.g);
                 if panel.factor == Factor::A {
                     let c = Coefficients { data: c.data.cast_const(), row: rank, column: 1 };
-                    accumulate(isa, Order::ByColumn, (rank, rank, n), c, p, g);
+                    accumulate(isa, (Order::ByColumn, Sums::Go), (rank, rank, n), c, p, g);
                 } else {
                     // Symmetric, so that it may stand on either side.
                     let along = Coefficients { data: p.data.cast_const(), row: p.stride, column: 1 };
-                    accumulate(isa, Order::ByRow, (n, rank, rank), along, c, g);
+                    accumulate(isa, (Order::ByRow, Sums::Go), (n, rank, rank), along, c, g);
                 }
                 if g.data == scratch.g {
                     self.put_gradient(panel, rank, (begin, n), g);

@@ -81,7 +81,7 @@ unsafe fn dot_avx512<V: Vector>(
     out: Rows<V::Element>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { dot_with::<V, 4, 4>(size, x, p, out) }
+    unsafe { dot_with::<V, 6, 4>(size, x, p, out) }
 }
 
 /// # Safety
@@ -98,7 +98,12 @@ unsafe fn dot_with<V: Vector, const M: usize, const N: usize>(
         for i in (0..m - m % M).step_by(M) {
             dot_rows::<V, M, N>((n, length), x.from(i), p, out.from(i));
         }
-        for i in m - m % M..m {
+        let mut i = m - m % M;
+        while i + 2 <= m {
+            dot_rows::<V, 2, N>((n, length), x.from(i), p, out.from(i));
+            i += 2;
+        }
+        if i < m {
             dot_rows::<V, 1, N>((n, length), x.from(i), p, out.from(i));
         }
     }
@@ -171,21 +176,31 @@ unsafe fn dot_tile<V: Vector, const M: usize, const N: usize, const PREFETCH: bo
             }
         }
         for (i, row) in sums.iter().enumerate() {
-            for (j, sum) in row.iter().enumerate() {
-                *out.data.add(i * out.stride + j) = sum.sum();
+            let to = out.data.add(i * out.stride);
+            if let Ok(four) = <[V; 4]>::try_from(row.as_slice()) {
+                to.cast::<[V::Element; 4]>().write_unaligned(V::sums(four));
+            } else {
+                row.iter().enumerate().for_each(|(j, sum)| *to.add(j) = sum.sum());
             }
         }
     }
 }
 
-/// `out[i, j] += sum_k c[i, k] * p[k, j]` for i below m, k below `depth`, j below `length`.
+/// Whether an `accumulate` adds to what is there, or begins a sum.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sums {
+    Go,
+    Begin,
+}
+
+/// `out[i, j] += sum_k c[i, k] * p[k, j]` for i below m, k below `depth`, j below `length`; `=` where sums begin.
 ///
 /// # Safety
 /// All coefficients and rows can be read, and m rows of `length` elements written, and the output overlaps no input.
 /// The processor has the instruction set.
 pub(super) unsafe fn accumulate<T: Real>(
     isa: Isa,
-    order: Order,
+    how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<T>,
     p: Rows<T>,
@@ -194,11 +209,30 @@ pub(super) unsafe fn accumulate<T: Real>(
     // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
     unsafe {
         match isa {
-            Isa::Portable => accumulate_with::<T::Portable, 4, 2>(order, size, c, p, out),
+            Isa::Portable => accumulate_how::<T::Portable, 4, 2>(how, size, c, p, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => accumulate_avx2::<T::Avx2>(order, size, c, p, out),
+            Isa::Avx2 => accumulate_avx2::<T::Avx2>(how, size, c, p, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => accumulate_avx512::<T::Avx512>(order, size, c, p, out),
+            Isa::Avx512 => accumulate_avx512::<T::Avx512>(how, size, c, p, out),
+        }
+    }
+}
+
+/// # Safety
+/// As [`accumulate`].
+#[inline(always)]
+unsafe fn accumulate_how<V: Vector, const M: usize, const W: usize>(
+    (order, sums): (Order, Sums),
+    size: (usize, usize, usize),
+    c: Coefficients<V::Element>,
+    p: Rows<V::Element>,
+    out: Rows<V::Element>,
+) {
+    // SAFETY: as this function asks.
+    unsafe {
+        match sums {
+            Sums::Go => accumulate_with::<V, M, W, false>(order, size, c, p, out),
+            Sums::Begin => accumulate_with::<V, M, W, true>(order, size, c, p, out),
         }
     }
 }
@@ -208,14 +242,14 @@ pub(super) unsafe fn accumulate<T: Real>(
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn accumulate_avx2<V: Vector>(
-    order: Order,
+    how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_with::<V, 4, 2>(order, size, c, p, out) }
+    unsafe { accumulate_how::<V, 4, 2>(how, size, c, p, out) }
 }
 
 /// # Safety
@@ -223,20 +257,20 @@ unsafe fn accumulate_avx2<V: Vector>(
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
 unsafe fn accumulate_avx512<V: Vector>(
-    order: Order,
+    how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_with::<V, 4, 4>(order, size, c, p, out) }
+    unsafe { accumulate_how::<V, 4, 4>(how, size, c, p, out) }
 }
 
 /// # Safety
 /// As [`accumulate`].
 #[inline(always)]
-unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
+unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize, const BEGIN: bool>(
     order: Order,
     (m, depth, length): (usize, usize, usize),
     c: Coefficients<V::Element>,
@@ -245,7 +279,7 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
 ) {
     if length <= V::LANES {
         // SAFETY: as this function asks.
-        return unsafe { accumulate_narrow::<V>((m, depth, length), c, p, out) };
+        return unsafe { accumulate_narrow::<V, BEGIN>((m, depth, length), c, p, out) };
     }
     let wide = W * V::LANES;
     let (row_groups, column_groups) = (m.div_ceil(M), length.div_ceil(wide));
@@ -259,13 +293,12 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
             let out = Rows::new(out.from(i).data.wrapping_add(j), out.stride);
             // SAFETY: within the rows and columns that this function may use.
             unsafe {
+                let size = (rows, depth, columns);
                 match order {
-                    Order::ByRow => accumulate_tiles::<V, M, W, true, false>((rows, depth, columns), c, p, out),
+                    Order::ByRow => accumulate_tiles::<V, M, W, BEGIN, NEXT_ROWS>(size, c, p, out),
                     // The first rows bring the columns that come next from memory.
-                    Order::ByColumn if b == 0 => {
-                        accumulate_tiles::<V, M, W, false, true>((rows, depth, columns), c, p, out);
-                    }
-                    Order::ByColumn => accumulate_tiles::<V, M, W, false, false>((rows, depth, columns), c, p, out),
+                    Order::ByColumn if b == 0 => accumulate_tiles::<V, M, W, BEGIN, NEXT_INPUT>(size, c, p, out),
+                    Order::ByColumn => accumulate_tiles::<V, M, W, BEGIN, NEXT_COLUMNS>(size, c, p, out),
                 }
             }
         }
@@ -277,7 +310,7 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize>(
 /// # Safety
 /// As [`accumulate`], for at most as many columns as a vector has lanes.
 #[inline(always)]
-unsafe fn accumulate_narrow<V: Vector>(
+unsafe fn accumulate_narrow<V: Vector, const BEGIN: bool>(
     (m, depth, length): (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
@@ -293,15 +326,15 @@ unsafe fn accumulate_narrow<V: Vector>(
         unsafe {
             i += match m - i {
                 12.. => {
-                    accumulate_tile::<V, 12, 1, false, false, true>((depth, length), c, p, out.from(i));
+                    accumulate_tile::<V, 12, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
                     12
                 }
                 4.. => {
-                    accumulate_tile::<V, 4, 1, false, false, true>((depth, length), c, p, out.from(i));
+                    accumulate_tile::<V, 4, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
                     4
                 }
                 _ => {
-                    accumulate_tile::<V, 1, 1, false, false, true>((depth, length), c, p, out.from(i));
+                    accumulate_tile::<V, 1, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
                     1
                 }
             };
@@ -312,7 +345,7 @@ unsafe fn accumulate_narrow<V: Vector>(
 /// # Safety
 /// As [`accumulate`], for at most M rows and W vectors.
 #[inline(always)]
-unsafe fn accumulate_tiles<V: Vector, const M: usize, const W: usize, const OUT: bool, const P: bool>(
+unsafe fn accumulate_tiles<V: Vector, const M: usize, const W: usize, const BEGIN: bool, const PREFETCH: u8>(
     (rows, depth, columns): (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
@@ -321,15 +354,15 @@ unsafe fn accumulate_tiles<V: Vector, const M: usize, const W: usize, const OUT:
     // SAFETY: as this function asks.
     unsafe {
         if rows == M && columns == W * V::LANES {
-            return accumulate_tile::<V, M, W, OUT, P, false>((depth, V::LANES), c, p, out);
+            return accumulate_tile::<V, M, W, BEGIN, PREFETCH, false>((depth, V::LANES), c, p, out);
         }
         let last = columns - (columns - 1) / V::LANES * V::LANES;
         if rows == M {
-            return accumulate_part::<V, M>((depth, columns, last), c, p, out);
+            return accumulate_part::<V, M, BEGIN>((depth, columns, last), c, p, out);
         }
         for i in 0..rows {
             let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
-            accumulate_part::<V, 1>((depth, columns, last), c, p, out.from(i));
+            accumulate_part::<V, 1, BEGIN>((depth, columns, last), c, p, out.from(i));
         }
     }
 }
@@ -337,7 +370,7 @@ unsafe fn accumulate_tiles<V: Vector, const M: usize, const W: usize, const OUT:
 /// # Safety
 /// As [`accumulate`], for M rows and one to four vectors, the last of which has `last` columns.
 #[inline(always)]
-unsafe fn accumulate_part<V: Vector, const M: usize>(
+unsafe fn accumulate_part<V: Vector, const M: usize, const BEGIN: bool>(
     (depth, columns, last): (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<V::Element>,
@@ -346,16 +379,22 @@ unsafe fn accumulate_part<V: Vector, const M: usize>(
     // SAFETY: as this function asks.
     unsafe {
         match columns.div_ceil(V::LANES) {
-            1 => accumulate_tile::<V, M, 1, false, false, true>((depth, last), c, p, out),
-            2 => accumulate_tile::<V, M, 2, false, false, true>((depth, last), c, p, out),
-            3 => accumulate_tile::<V, M, 3, false, false, true>((depth, last), c, p, out),
-            _ => accumulate_tile::<V, M, 4, false, false, true>((depth, last), c, p, out),
+            1 => accumulate_tile::<V, M, 1, BEGIN, NOTHING, true>((depth, last), c, p, out),
+            2 => accumulate_tile::<V, M, 2, BEGIN, NOTHING, true>((depth, last), c, p, out),
+            3 => accumulate_tile::<V, M, 3, BEGIN, NOTHING, true>((depth, last), c, p, out),
+            _ => accumulate_tile::<V, M, 4, BEGIN, NOTHING, true>((depth, last), c, p, out),
         }
     }
 }
 
-/// `OUT` and `P` say whether the rows of the output, or the columns of p, that come next are asked for from memory,
-/// `PART` whether the last vector has `last` columns alone.
+/// What a tile asks for from memory, beside what it computes with: nothing, the output's rows or columns that come next,
+/// or also the input's columns.
+const NOTHING: u8 = 0;
+const NEXT_ROWS: u8 = 1;
+const NEXT_COLUMNS: u8 = 2;
+const NEXT_INPUT: u8 = 3;
+
+/// `PART` says whether the last vector has `last` columns alone.
 ///
 /// # Safety
 /// As [`accumulate`], for M rows and W vectors.
@@ -364,8 +403,8 @@ unsafe fn accumulate_tile<
     V: Vector,
     const M: usize,
     const W: usize,
-    const OUT: bool,
-    const P: bool,
+    const BEGIN: bool,
+    const PREFETCH: u8,
     const PART: bool,
 >(
     (depth, last): (usize, usize),
@@ -379,16 +418,19 @@ unsafe fn accumulate_tile<
             let at = row.add(v * V::LANES);
             if PART && v == W - 1 { V::load_part(at, last) } else { V::load(at) }
         };
-        let mut sums: [[V; W]; M] =
-            std::array::from_fn(|i| std::array::from_fn(|v| load(out.data.add(i * out.stride), v)));
-        if OUT {
+        let mut sums = [[V::splat(V::Element::default()); W]; M];
+        if !BEGIN {
+            sums = std::array::from_fn(|i| std::array::from_fn(|v| load(out.data.add(i * out.stride), v)));
+        }
+        if PREFETCH != NOTHING {
+            let next = if PREFETCH == NEXT_ROWS { M * out.stride } else { W * V::LANES };
             for i in 0..M {
-                (0..W).for_each(|v| V::prefetch(out.data.wrapping_add((M + i) * out.stride + v * V::LANES)));
+                (0..W).for_each(|v| V::prefetch(out.data.wrapping_add(next + i * out.stride + v * V::LANES)));
             }
         }
         for k in 0..depth {
             let values: [V; W] = std::array::from_fn(|v| load(p.data.add(k * p.stride), v));
-            if P {
+            if PREFETCH == NEXT_INPUT {
                 (0..W).for_each(|v| V::prefetch(p.data.wrapping_add(k * p.stride + (W + v) * V::LANES)));
             }
             for (i, row) in sums.iter_mut().enumerate() {
@@ -439,19 +481,27 @@ mod tests {
                             }
                             assert_eq!(out[i * (n + 1) + n], T::from_f64(99.0));
                         }
-                        for order in [Order::ByRow, Order::ByColumn] {
+                        let hows = [Order::ByRow, Order::ByColumn].map(|o| [(o, Sums::Go), (o, Sums::Begin)]);
+                        for (order, sums) in hows.into_iter().flatten() {
                             let (c, mut out) = (numbers::<T>(m * n, 3), numbers::<T>(m * (length + 2), 4));
                             let before = out.clone();
                             let c_view = Coefficients { data: c.as_ptr(), row: 1, column: m };
                             let to = Rows::new(out.as_mut_ptr(), length + 2);
                             // SAFETY: sizes as above.
-                            unsafe { accumulate(isa, order, (m, n, length), c_view, rows(&p, length + 1), to) };
+                            unsafe {
+                                let p = rows(&p, length + 1);
+                                accumulate(isa, (order, sums), (m, n, length), c_view, p, to);
+                            }
                             for i in 0..m {
                                 for j in 0..length + 2 {
                                     let at = i * (length + 2) + j;
                                     let sum: T =
                                         (0..n).map(|k| c[i + k * m] * p[k * (length + 1) + j.min(length)]).sum();
-                                    let want = if j < length { before[at] + sum } else { before[at] };
+                                    let want = match sums {
+                                        _ if j >= length => before[at],
+                                        Sums::Go => before[at] + sum,
+                                        Sums::Begin => sum,
+                                    };
                                     assert_eq!(out[at], want, "accumulate {isa:?} {m} {n} {length} at {i} {j}");
                                 }
                             }

@@ -6,7 +6,7 @@
 
 use super::Host;
 use super::element::{is_own, load, pointer, store};
-use super::kernels::{Coefficients, Order, Rows, accumulate, dot};
+use super::kernels::{Coefficients, Order, Rows, Sums, accumulate, dot};
 use super::simd::Real;
 use crate::adapter::{ALIGNMENT, Call, Geometry, Pass};
 use crate::error::{Error, Result};
@@ -18,9 +18,13 @@ use std::marker::PhantomData;
 const BLOCK: usize = 32;
 /// Tokens of a task of the forward pass.
 const FORWARD_CHUNK: usize = 2 * BLOCK;
-/// Fewest tokens and largest number of chunks of the backward pass: each has a sum of its own to be added in the end.
+/// Tokens of a chunk of the backward pass, each of which has a sum of its own to be added in the end: so many where
+/// there are chunks enough for a few threads, and more where there would be too many chunks.
 const BACKWARD_CHUNK: usize = 4 * BLOCK;
+const FEW_CHUNKS: usize = 4;
 const MOST_CHUNKS: usize = 16;
+/// Triplets from which on an adapter's factors leave the first cache before they are used again.
+const MANY_TRIPLETS: usize = 16;
 /// Multiplications below which waking other threads costs more than it gains.
 const SERIAL_WORK: usize = 1 << 18;
 /// Gradient elements that are added over chunks at a time.
@@ -30,7 +34,19 @@ const TRANSPOSED: usize = 64;
 
 /// Tokens of a chunk of the backward pass.
 fn chunk_tokens(tokens: usize) -> usize {
-    tokens.div_ceil(MOST_CHUNKS).next_multiple_of(BLOCK).max(BACKWARD_CHUNK)
+    let [most, few] = [MOST_CHUNKS, FEW_CHUNKS].map(|chunks| tokens.div_ceil(chunks).next_multiple_of(BLOCK));
+    most.max(few.clamp(BLOCK, BACKWARD_CHUNK))
+}
+
+/// How far apart rows of our own lie: an odd number of cache lines, so that many rows do not meet in few of its sets.
+fn stride<T>(columns: usize) -> usize {
+    let line = 64 / size_of::<T>();
+    (columns.div_ceil(line) | 1) * line
+}
+
+/// In which order rows of x or y meet a factor of so many triplets.
+fn order(triplets: usize) -> Order {
+    if triplets > MANY_TRIPLETS { Order::ByColumn } else { Order::ByRow }
 }
 
 /// Hands out the workspace, piece after piece; also computes how much there must be.
@@ -51,6 +67,12 @@ impl Arena {
         self.overflow |= end.is_none_or(|end| isize::try_from(end).is_err());
         self.next = end.unwrap_or(0);
         pointer(Address(address))
+    }
+
+    /// Rows that are used again and again.
+    fn rows<T>(&mut self, rows: usize, columns: usize) -> Rows<T> {
+        let stride = stride::<T>(columns);
+        Rows::new(self.take(&[rows, stride]), stride)
     }
 }
 
@@ -79,9 +101,9 @@ impl<T: Real> Share<T> {
             live: 0,
             active: 0,
             e: arena.take(&[rank]),
-            a: Rows::new(arena.take(&[rank, input]), input),
+            a: arena.rows(rank, input),
             packs_a: false,
-            bt: Rows::new(arena.take(&[rank, output]), output),
+            bt: arena.rows(rank, output),
         }
     }
 
@@ -110,7 +132,7 @@ impl<T: Real> Share<T> {
             }
             let in_order = (0..self.live).all(|k| *self.order.add(k) as usize == k);
             let a = &call.params.a;
-            self.packs_a = !(is_own::<T>(a.dtype) && in_order);
+            self.packs_a = !(is_own::<T>(a.dtype) && in_order && self.live <= MANY_TRIPLETS);
             if !self.packs_a {
                 self.a = Rows::new(pointer(a.data), a.row_stride);
             }
@@ -207,11 +229,7 @@ struct Partial<T> {
 
 impl<T: Real> Partial<T> {
     fn new(arena: &mut Arena, g: &Geometry) -> Self {
-        Self {
-            a: Rows::new(arena.take(&[g.rank, g.input.local]), g.input.local),
-            bt: Rows::new(arena.take(&[g.rank, g.output.local]), g.output.local),
-            e: arena.take(&[g.rank]),
-        }
+        Self { a: arena.rows(g.rank, g.input.local), bt: arena.rows(g.rank, g.output.local), e: arena.take(&[g.rank]) }
     }
 }
 
@@ -481,7 +499,7 @@ impl<'a, T: Real> Run<'a, T> {
                     Self::scale((m, share.active), h, share.e, T::from_f64(call.scaling), scaled);
                     let c = Coefficients { data: scaled.data, row: scaled.stride, column: 1 };
                     let rows = block_of(y, first, m, scratch.y);
-                    accumulate(isa, Order::ByRow, (m, share.active, y.columns), c, share.bt, rows);
+                    accumulate(isa, (order(share.active), Sums::Go), (m, share.active, y.columns), c, share.bt, rows);
                     put_back(y, first, m, rows);
                 }
             }
@@ -498,12 +516,11 @@ impl<'a, T: Real> Run<'a, T> {
         // SAFETY: the chunk's own sums, as large as the geometries say; rows of the chunk are this task's.
         unsafe {
             for (partial, share) in partials.iter().zip(&self.shares) {
-                partial.a.data.write_bytes(0, share.active * partial.a.stride);
-                partial.bt.data.write_bytes(0, share.active * partial.bt.stride);
                 partial.e.write_bytes(0, share.live);
             }
             for first in (begin..end).step_by(BLOCK) {
-                self.backward_block(first, BLOCK.min(end - first), dx, &partials, scratch);
+                let sums = if first == begin { Sums::Begin } else { Sums::Go };
+                self.backward_block((first, BLOCK.min(end - first)), dx, (&partials, sums), scratch);
             }
         }
     }
@@ -512,10 +529,9 @@ impl<'a, T: Real> Run<'a, T> {
     /// As [`Run::backward_chunk`].
     unsafe fn backward_block(
         &self,
-        first: usize,
-        m: usize,
+        (first, m): (usize, usize),
         dx: Option<&Matrix>,
-        partials: &[Partial<T>],
+        (partials, sums): (&[Partial<T>], Sums),
         scratch: &Scratch<T>,
     ) {
         let (pass, isa) = (self.pass, self.cpu.isa);
@@ -554,7 +570,7 @@ impl<'a, T: Real> Run<'a, T> {
                         share.scatter(m, g, saved);
                     }
                     Self::scale((m, share.active), h, share.e, scaling, scaled);
-                    accumulate(isa, Order::ByColumn, (share.active, m, output), across, dy, partial.bt);
+                    accumulate(isa, (Order::ByColumn, sums), (share.active, m, output), across, dy, partial.bt);
                 } else if let Some(saved) = saved_g {
                     share.gather(m, saved, g);
                 }
@@ -566,7 +582,7 @@ impl<'a, T: Real> Run<'a, T> {
                     }
                 }
                 Self::scale((m, share.active), g, share.e, T::one(), scaled);
-                accumulate(isa, Order::ByColumn, (share.active, m, input), across, x, partial.a);
+                accumulate(isa, (Order::ByColumn, sums), (share.active, m, input), across, x, partial.a);
                 if let Some(dx) = dx_rows {
                     let along = Coefficients { data: scaled.data, row: scaled.stride, column: 1 };
                     self.add_to_dx(i, (first, m), along, dx, scratch);
@@ -590,14 +606,14 @@ impl<'a, T: Real> Run<'a, T> {
     ) {
         let (share, input) = (&self.shares[i], &self.geometries[i].input);
         let product = (m, share.active, input.local);
+        let order = order(share.active);
         // SAFETY: m rows of dx, and of the worker's scratch.
         unsafe {
             let Some((dropout, token0)) = &self.masks[i] else {
-                return accumulate(self.cpu.isa, Order::ByRow, product, c, share.a, dx);
+                return accumulate(self.cpu.isa, (order, Sums::Go), product, c, share.a, dx);
             };
             let raw = Rows::new(scratch.masked.data, input.local);
-            raw.data.write_bytes(0, m * input.local);
-            accumulate(self.cpu.isa, Order::ByRow, product, c, share.a, raw);
+            accumulate(self.cpu.isa, (order, Sums::Begin), product, c, share.a, raw);
             let scale = T::from_f64(dropout.keep_scale);
             for t in 0..m {
                 let (from, to) = (raw.from(t).data, dx.from(t).data);

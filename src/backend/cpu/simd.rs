@@ -123,6 +123,11 @@ pub(super) trait Vector: Copy {
     fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// The sum of the lanes, always in the same order.
     fn sum(self) -> Self::Element;
+    /// The sums of four vectors.
+    #[inline(always)]
+    fn sums(vectors: [Self; 4]) -> [Self::Element; 4] {
+        vectors.map(Self::sum)
+    }
 }
 
 /// A vector that the compiler makes of an array.
@@ -195,7 +200,7 @@ mod x86 {
     /// Implements a vector by intrinsics; `$sum` adds its lanes.
     macro_rules! vector {
         ($name:ident($register:ty) of $lanes:literal $element:ty:
-            $splat:ident, $load:ident, $store:ident, $load_part:ident, $store_part:ident, $mul_add:ident, $sum:ident) => {
+            $splat:ident, $load:ident, $store:ident, $load_part:ident, $store_part:ident, $mul_add:ident, $sum:ident, $sums:expr) => {
             #[derive(Clone, Copy)]
             pub struct $name($register);
 
@@ -252,18 +257,24 @@ mod x86 {
                     // SAFETY: see above.
                     unsafe { $sum(self.0) }
                 }
+
+                #[inline(always)]
+                fn sums(vectors: [Self; 4]) -> [$element; 4] {
+                    // SAFETY: see above.
+                    unsafe { $sums(vectors.map(|v| v.0)) }
+                }
             }
         };
     }
 
     vector!(F32x8(__m256) of 8 f32: _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, load_f32x8, store_f32x8,
-        _mm256_fmadd_ps, sum_f32x8);
+        _mm256_fmadd_ps, sum_f32x8, sums_f32x8);
     vector!(F64x4(__m256d) of 4 f64: _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, load_f64x4, store_f64x4,
-        _mm256_fmadd_pd, sum_f64x4);
+        _mm256_fmadd_pd, sum_f64x4, |v: [__m256d; 4]| v.map(|v| sum_f64x4(v)));
     vector!(F32x16(__m512) of 16 f32: _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, load_f32x16, store_f32x16,
-        _mm512_fmadd_ps, sum_f32x16);
+        _mm512_fmadd_ps, sum_f32x16, sums_f32x16);
     vector!(F64x8(__m512d) of 8 f64: _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, load_f64x8, store_f64x8,
-        _mm512_fmadd_pd, sum_f64x8);
+        _mm512_fmadd_pd, sum_f64x8, |v: [__m512d; 4]| v.map(|v| sum_f64x8(v)));
 
     /// Implements loading and storing of the first n lanes.
     macro_rules! part {
@@ -334,6 +345,35 @@ mod x86 {
             let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    /// Four sums at once: lanes of different vectors are brought side by side, and added together.
+    ///
+    /// # Safety
+    /// The processor has AVX2.
+    #[inline(always)]
+    unsafe fn sums_f32x8([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+        // SAFETY: as this function asks.
+        unsafe {
+            let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            let low = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd)));
+            let high = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd)));
+            let halves = _mm256_add_ps(low, high);
+            let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+            std::mem::transmute::<__m128, [f32; 4]>(sums)
+        }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 DQ.
+    #[inline(always)]
+    unsafe fn sums_f32x16(vectors: [__m512; 4]) -> [f32; 4] {
+        // SAFETY: as this function asks.
+        unsafe {
+            let halves = vectors.map(|v| _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+            sums_f32x8(halves)
         }
     }
 
