@@ -7,7 +7,7 @@
 use super::Host;
 use super::element::{is_own, load, pointer, store};
 use super::kernels::{Coefficients, Order, Rows, Sums, accumulate, dot};
-use super::simd::Real;
+use super::simd::{Real, Vector};
 use crate::adapter::{ALIGNMENT, Call, Geometry, Pass};
 use crate::error::{Error, Result};
 use crate::philox::Dropout;
@@ -17,7 +17,7 @@ use std::marker::PhantomData;
 /// Tokens that go through all products together; at a width of 768, x, y and the factors stay in the second cache.
 const BLOCK: usize = 32;
 /// Tokens of a task of the forward pass.
-const FORWARD_CHUNK: usize = 2 * BLOCK;
+const FORWARD_CHUNK: usize = BLOCK;
 /// Tokens of a chunk of the backward pass, each of which has a sum of its own to be added in the end: so many where
 /// there are chunks enough for a few threads, and more where there would be too many chunks.
 const BACKWARD_CHUNK: usize = 4 * BLOCK;
@@ -25,6 +25,8 @@ const FEW_CHUNKS: usize = 4;
 const MOST_CHUNKS: usize = 16;
 /// Triplets from which on an adapter's factors leave the first cache before they are used again.
 const MANY_TRIPLETS: usize = 16;
+/// How many rows before they are converted rows are asked for from memory.
+const ROWS_AHEAD: usize = 4;
 /// Multiplications below which waking other threads costs more than it gains.
 const SERIAL_WORK: usize = 1 << 18;
 /// Gradient elements that are added over chunks at a time.
@@ -76,11 +78,16 @@ impl Arena {
     }
 }
 
+/// The place of a triplet that is not live.
+const NOWHERE: u32 = u32::MAX;
+
 /// One adapter's factors, made ready: its live triplets, those with a value first.
 struct Share<T> {
     rank: usize,
     /// Numbers of the live triplets; those whose E is not zero come first.
     order: *mut u32,
+    /// For each triplet its place in the order, or [`NOWHERE`].
+    places: *mut u32,
     live: usize,
     active: usize,
     /// E of the live ones.
@@ -98,6 +105,7 @@ impl<T: Real> Share<T> {
         Self {
             rank,
             order: arena.take(&[rank]),
+            places: arena.take(&[rank]),
             live: 0,
             active: 0,
             e: arena.take(&[rank]),
@@ -120,9 +128,11 @@ impl<T: Real> Share<T> {
                 value
             };
             let kept = |i: usize| call.pattern.is_none_or(|p| *pointer::<u8>(p).add(i) != 0);
+            (0..self.rank).for_each(|i| *self.places.add(i) = NOWHERE);
             for zero in [false, true] {
                 for i in (0..self.rank).filter(|i| kept(*i) && (value(*i) == T::zero()) == zero) {
                     *self.order.add(self.live) = i as u32;
+                    *self.places.add(i) = self.live as u32;
                     *self.e.add(self.live) = value(i);
                     self.live += 1;
                 }
@@ -156,10 +166,18 @@ impl<T: Real> Share<T> {
             if is_own::<T>(b.dtype) {
                 for first in (0..b.rows).step_by(TRANSPOSED) {
                     let rows = first..(first + TRANSPOSED).min(b.rows);
-                    for k in 0..self.live {
-                        let from = pointer::<T>(b.data).add(*self.order.add(k) as usize);
-                        let to = self.bt.from(k).data;
-                        rows.clone().for_each(|o| *to.add(o) = *from.add(o * b.row_stride));
+                    for j in (0..self.rank).step_by(SIDE) {
+                        let from = Rows::new(pointer::<T>(row_of(b, rows.start)).add(j), b.row_stride);
+                        let to = self
+                            .places_of(j, self.live)
+                            .map(|place| place.map(|k| self.bt.from(k).data.add(rows.start)));
+                        if let [Some(p), Some(q), Some(r), Some(s)] = to {
+                            columns_to_rows(rows.len(), from, [p, q, r, s]);
+                            continue;
+                        }
+                        for (k, to) in to.iter().enumerate().filter_map(|(k, to)| to.map(|to| (k, to))) {
+                            (0..rows.len()).for_each(|o| *to.add(o) = *from.from(o).data.add(k));
+                        }
                     }
                 }
                 return;
@@ -182,8 +200,14 @@ impl<T: Real> Share<T> {
 
     /// A triplet's place among the first `limit` in order.
     fn place(&self, triplet: usize, limit: usize) -> Option<usize> {
-        // SAFETY: the order has as many elements.
-        (0..limit).find(|k| unsafe { *self.order.add(*k) } as usize == triplet)
+        // SAFETY: there is a place for each triplet.
+        let place = unsafe { *self.places.add(triplet) } as usize;
+        (place < limit).then_some(place)
+    }
+
+    /// The places of up to [`SIDE`] triplets from one on, among the first `limit` in order.
+    fn places_of(&self, first: usize, limit: usize) -> [Option<usize>; SIDE] {
+        std::array::from_fn(|i| (first + i < self.rank).then(|| self.place(first + i, limit)).flatten())
     }
 
     /// Copies live columns of a saved [tokens, rank] matrix into order.
@@ -357,8 +381,12 @@ unsafe fn block_of<T: Real>(matrix: &Matrix, first: usize, m: usize, buffer: Row
     }
     let buffer = Rows::new(buffer.data, matrix.columns);
     for t in 0..m {
+        let (row, ahead) = (row_of(matrix, first + t), row_of(matrix, first + t + ROWS_AHEAD));
+        (0..matrix.columns * matrix.dtype.size())
+            .step_by(64)
+            .for_each(|i| T::Portable::prefetch(pointer(ahead.offset(i))));
         // SAFETY: as this function asks.
-        unsafe { load(matrix.dtype, row_of(matrix, first + t), matrix.columns, buffer.from(t).data) };
+        unsafe { load(matrix.dtype, row, matrix.columns, buffer.from(t).data) };
     }
     buffer
 }
@@ -422,7 +450,8 @@ impl<'a, T: Real> Run<'a, T> {
         }
         run.parallel = factors * pass.tokens > SERIAL_WORK;
         let parallel = factors > SERIAL_WORK;
-        cpu.team.run(pass.calls.len(), parallel, "workspace is", |i, _| {
+        let packed = if pass.tokens > 0 { pass.calls.len() } else { 0 };
+        cpu.team.run(packed, parallel, "workspace is", |i, _| {
             // SAFETY: as this function asks; each share has memory of its own.
             unsafe { run.pack(i) };
         })?;
@@ -676,21 +705,23 @@ impl<'a, T: Real> Run<'a, T> {
                     add(share.active * total.bt.stride, partial.bt.data, total.bt.data);
                 }
             }
-            let column = |j: usize| {
-                share.place(j, share.active).zip(total.as_ref()).map(|(k, total)| total.bt.from(k).data.cast_const())
-            };
+            let column = |place: Option<usize>| place.zip(total.as_ref()).map(|(k, total)| total.bt.from(k).data);
             if is_own::<T>(b.dtype) {
                 for first in (0..b.rows).step_by(TRANSPOSED) {
                     let rows = first..(first + TRANSPOSED).min(b.rows);
-                    for j in 0..share.rank {
-                        let to = pointer::<T>(b.data).add(j);
-                        match column(j) {
-                            Some(from) if accumulate => {
-                                rows.clone().for_each(|o| *to.add(o * b.row_stride) += *from.add(o));
+                    for j in (0..share.rank).step_by(SIDE) {
+                        let to = Rows::new(pointer::<T>(row_of(b, rows.start)).add(j), b.row_stride);
+                        let from =
+                            share.places_of(j, share.active).map(|place| column(place).map(|f| f.add(rows.start)));
+                        if let [Some(p), Some(q), Some(r), Some(s)] = from {
+                            rows_to_columns(rows.len(), [p, q, r, s], to, accumulate);
+                            continue;
+                        }
+                        for (k, from) in from.iter().enumerate().take(share.rank - j) {
+                            for o in 0..rows.len() {
+                                let (sum, to) = (from.map_or(T::zero(), |from| *from.add(o)), to.from(o).data.add(k));
+                                *to = if accumulate { *to + sum } else { sum };
                             }
-                            Some(from) => rows.clone().for_each(|o| *to.add(o * b.row_stride) = *from.add(o)),
-                            None if accumulate => {}
-                            None => rows.clone().for_each(|o| *to.add(o * b.row_stride) = T::zero()),
                         }
                     }
                 }
@@ -699,12 +730,64 @@ impl<'a, T: Real> Run<'a, T> {
             for begin in (0..share.rank).step_by(PIECE) {
                 let n = PIECE.min(share.rank - begin);
                 let mut columns = [None; PIECE];
-                columns[..n].iter_mut().enumerate().for_each(|(j, place)| *place = column(begin + j));
+                columns[..n]
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(j, at)| *at = column(share.place(begin + j, share.active)));
                 for o in 0..b.rows {
                     let to = row_of(b, o).offset(begin * b.dtype.size());
                     let value = |j: usize| columns[j].map_or(T::default(), |column| *column.add(o));
                     give(n, accumulate, b.dtype, to, value);
                 }
+            }
+        }
+    }
+}
+
+/// Rows and columns of a block that is transposed in registers.
+const SIDE: usize = 4;
+
+/// Copies columns to rows.
+///
+/// # Safety
+/// n rows of [`SIDE`] elements can be read, and n elements of each row written; they do not overlap.
+unsafe fn columns_to_rows<T: Real>(n: usize, from: Rows<T>, to: [*mut T; SIDE]) {
+    // SAFETY: as this function asks.
+    unsafe {
+        for o in (0..n - n % SIDE).step_by(SIDE) {
+            let block = std::array::from_fn(|i| {
+                T::Portable::prefetch(from.from(o + i + TRANSPOSED).data);
+                from.from(o + i).data.cast::<[T; SIDE]>().read_unaligned()
+            });
+            for (to, values) in to.iter().zip(T::transpose(block)) {
+                to.add(o).cast::<[T; SIDE]>().write_unaligned(values);
+            }
+        }
+        for o in n - n % SIDE..n {
+            (0..SIDE).for_each(|k| *to[k].add(o) = *from.from(o).data.add(k));
+        }
+    }
+}
+
+/// The reverse; may add to the columns.
+///
+/// # Safety
+/// n elements of each row can be read, and n rows of [`SIDE`] elements read and written; they do not overlap.
+unsafe fn rows_to_columns<T: Real>(n: usize, from: [*mut T; SIDE], to: Rows<T>, accumulate: bool) {
+    // SAFETY: as this function asks.
+    unsafe {
+        for o in (0..n - n % SIDE).step_by(SIDE) {
+            let block = from.map(|from| from.add(o).cast::<[T; SIDE]>().read_unaligned());
+            for (i, sums) in T::transpose(block).into_iter().enumerate() {
+                let to = to.from(o + i).data.cast::<[T; SIDE]>();
+                let there = if accumulate { to.read_unaligned() } else { [T::zero(); SIDE] };
+                to.write_unaligned(std::array::from_fn(|k| there[k] + sums[k]));
+            }
+        }
+        for o in n - n % SIDE..n {
+            for (k, from) in from.iter().enumerate() {
+                let (sum, to) = (*from.add(o), to.from(o).data.add(k));
+                *to = if accumulate { *to + sum } else { sum };
             }
         }
     }

@@ -69,6 +69,12 @@ pub(super) trait Real:
     type Avx512: Vector<Element = Self>;
 
     fn from_f64(value: f64) -> Self;
+
+    /// Rows become columns.
+    #[inline(always)]
+    fn transpose(block: [[Self; 4]; 4]) -> [[Self; 4]; 4] {
+        std::array::from_fn(|j| std::array::from_fn(|i| block[i][j]))
+    }
 }
 
 impl Real for f32 {
@@ -80,6 +86,25 @@ impl Real for f32 {
 
     fn from_f64(value: f64) -> Self {
         value as f32
+    }
+
+    /// The compiler takes the general one through memory, and waits for it.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn transpose(block: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
+        use std::arch::x86_64::*;
+        // SAFETY: SSE2 is what every processor of the architecture has; arrays and vectors are as large.
+        unsafe {
+            let [a, b, c, d] = std::mem::transmute::<[[f32; 4]; 4], [__m128; 4]>(block);
+            let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+            let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+            std::mem::transmute::<[__m128; 4], [[f32; 4]; 4]>([
+                _mm_movelh_ps(ab, cd),
+                _mm_movehl_ps(cd, ab),
+                _mm_movelh_ps(ab_high, cd_high),
+                _mm_movehl_ps(cd_high, ab_high),
+            ])
+        }
     }
 }
 
@@ -170,7 +195,16 @@ impl<T: Real, const N: usize> Vector for Lanes<T, N> {
     }
 
     #[inline(always)]
-    fn prefetch(_: *const T) {}
+    fn prefetch(at: *const T) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every processor of the architecture has it, and a prefetch of any address is allowed.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = at;
+    }
 
     #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
