@@ -1,7 +1,7 @@
 //! The two skinny products that everything is made of, on one thread, in registers:
 //! `dot` (rows times rows, along the features) and `accumulate` (few rows added into many columns).
 
-use super::simd::{Isa, Real, Vector};
+use super::simd::{Isa, Memory, Real, Vector};
 
 /// Rows of elements in memory, `stride` apart.
 #[derive(Clone, Copy)]
@@ -43,15 +43,21 @@ pub(super) enum Order {
 /// # Safety
 /// All rows can be read, and m rows of n elements written, and the output overlaps no input. The processor has the
 /// instruction set.
-pub(super) unsafe fn dot<T: Real>(isa: Isa, size: (usize, usize, usize), x: Rows<T>, p: Rows<T>, out: Rows<T>) {
+pub(super) unsafe fn dot<T: Real, S: Memory<T>>(
+    isa: Isa,
+    size: (usize, usize, usize),
+    x: Rows<S>,
+    p: Rows<T>,
+    out: Rows<T>,
+) {
     // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
     unsafe {
         match isa {
-            Isa::Portable => dot_with::<T::Portable, 4, 2>(size, x, p, out),
+            Isa::Portable => dot_with::<T::Portable, S, 4, 2>(size, x, p, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => dot_avx2::<T::Avx2>(size, x, p, out),
+            Isa::Avx2 => dot_avx2::<T::Avx2, S>(size, x, p, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => dot_avx512::<T::Avx512>(size, x, p, out),
+            Isa::Avx512 => dot_avx512::<T::Avx512, S>(size, x, p, out),
         }
     }
 }
@@ -59,52 +65,52 @@ pub(super) unsafe fn dot<T: Real>(isa: Isa, size: (usize, usize, usize), x: Rows
 /// # Safety
 /// As [`dot`].
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn dot_avx2<V: Vector>(
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dot_avx2<V: Vector, S: Memory<V::Element>>(
     size: (usize, usize, usize),
-    x: Rows<V::Element>,
+    x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { dot_with::<V, 4, 2>(size, x, p, out) }
+    unsafe { dot_with::<V, S, 4, 2>(size, x, p, out) }
 }
 
 /// # Safety
 /// As [`dot`].
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
-unsafe fn dot_avx512<V: Vector>(
+#[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn dot_avx512<V: Vector, S: Memory<V::Element>>(
     size: (usize, usize, usize),
-    x: Rows<V::Element>,
+    x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { dot_with::<V, 6, 4>(size, x, p, out) }
+    unsafe { dot_with::<V, S, 6, 4>(size, x, p, out) }
 }
 
 /// # Safety
 /// As [`dot`].
 #[inline(always)]
-unsafe fn dot_with<V: Vector, const M: usize, const N: usize>(
+unsafe fn dot_with<V: Vector, S: Memory<V::Element>, const M: usize, const N: usize>(
     (m, n, length): (usize, usize, usize),
-    x: Rows<V::Element>,
+    x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
     // SAFETY: within the rows that this function may use.
     unsafe {
         for i in (0..m - m % M).step_by(M) {
-            dot_rows::<V, M, N>((n, length), x.from(i), p, out.from(i));
+            dot_rows::<V, S, M, N>((n, length), x.from(i), p, out.from(i));
         }
         let mut i = m - m % M;
         while i + 2 <= m {
-            dot_rows::<V, 2, N>((n, length), x.from(i), p, out.from(i));
+            dot_rows::<V, S, 2, N>((n, length), x.from(i), p, out.from(i));
             i += 2;
         }
         if i < m {
-            dot_rows::<V, 1, N>((n, length), x.from(i), p, out.from(i));
+            dot_rows::<V, S, 1, N>((n, length), x.from(i), p, out.from(i));
         }
     }
 }
@@ -112,9 +118,9 @@ unsafe fn dot_with<V: Vector, const M: usize, const N: usize>(
 /// # Safety
 /// As [`dot`], for M rows of x.
 #[inline(always)]
-unsafe fn dot_rows<V: Vector, const M: usize, const N: usize>(
+unsafe fn dot_rows<V: Vector, S: Memory<V::Element>, const M: usize, const N: usize>(
     (n, length): (usize, usize),
-    x: Rows<V::Element>,
+    x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
@@ -125,17 +131,17 @@ unsafe fn dot_rows<V: Vector, const M: usize, const N: usize>(
             let to = Rows::new(out.data.add(j), out.stride);
             // The first tile brings the rows that come next from memory, while it computes with these.
             if j == 0 {
-                dot_tile::<V, M, N, true>(length, x, p, to);
+                dot_tile::<V, S, M, N, true>(length, x, p, to);
             } else {
-                dot_tile::<V, M, N, false>(length, x, p.from(j), to);
+                dot_tile::<V, S, M, N, false>(length, x, p.from(j), to);
             }
         }
         let (p, to) = (p.from(whole), Rows::new(out.data.add(whole), out.stride));
         match n - whole {
             0 => {}
-            1 => dot_tile::<V, M, 1, true>(length, x, p, to),
-            2 => dot_tile::<V, M, 2, true>(length, x, p, to),
-            _ => dot_tile::<V, M, 3, true>(length, x, p, to),
+            1 => dot_tile::<V, S, M, 1, true>(length, x, p, to),
+            2 => dot_tile::<V, S, M, 2, true>(length, x, p, to),
+            _ => dot_tile::<V, S, M, 3, true>(length, x, p, to),
         }
     }
 }
@@ -143,9 +149,9 @@ unsafe fn dot_rows<V: Vector, const M: usize, const N: usize>(
 /// # Safety
 /// As [`dot`], for M rows of x and N of p.
 #[inline(always)]
-unsafe fn dot_tile<V: Vector, const M: usize, const N: usize, const PREFETCH: bool>(
+unsafe fn dot_tile<V: Vector, S: Memory<V::Element>, const M: usize, const N: usize, const PREFETCH: bool>(
     length: usize,
-    x: Rows<V::Element>,
+    x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
@@ -159,7 +165,7 @@ unsafe fn dot_tile<V: Vector, const M: usize, const N: usize, const PREFETCH: bo
                 if PREFETCH {
                     V::prefetch(x.data.wrapping_add((M + i) * x.stride + k));
                 }
-                let value = V::load(x.data.add(i * x.stride + k));
+                let value: V = S::load(x.data.add(i * x.stride + k));
                 for (sum, factor) in row.iter_mut().zip(factors) {
                     *sum = value.mul_add(factor, *sum);
                 }
@@ -169,7 +175,7 @@ unsafe fn dot_tile<V: Vector, const M: usize, const N: usize, const PREFETCH: bo
             let rest = length - whole;
             let factors: [V; N] = std::array::from_fn(|j| V::load_part(p.data.add(j * p.stride + whole), rest));
             for (i, row) in sums.iter_mut().enumerate() {
-                let value = V::load_part(x.data.add(i * x.stride + whole), rest);
+                let value: V = S::load_part(x.data.add(i * x.stride + whole), rest);
                 for (sum, factor) in row.iter_mut().zip(factors) {
                     *sum = value.mul_add(factor, *sum);
                 }
@@ -198,22 +204,22 @@ pub(super) enum Sums {
 /// # Safety
 /// All coefficients and rows can be read, and m rows of `length` elements written, and the output overlaps no input.
 /// The processor has the instruction set.
-pub(super) unsafe fn accumulate<T: Real>(
+pub(super) unsafe fn accumulate<T: Real, P: Memory<T>, O: Memory<T>>(
     isa: Isa,
     how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<T>,
-    p: Rows<T>,
-    out: Rows<T>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
     unsafe {
         match isa {
-            Isa::Portable => accumulate_how::<T::Portable, 4, 2>(how, size, c, p, out),
+            Isa::Portable => accumulate_how::<T::Portable, P, O, 4, 2>(how, size, c, p, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => accumulate_avx2::<T::Avx2>(how, size, c, p, out),
+            Isa::Avx2 => accumulate_avx2::<T::Avx2, P, O>(how, size, c, p, out),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => accumulate_avx512::<T::Avx512>(how, size, c, p, out),
+            Isa::Avx512 => accumulate_avx512::<T::Avx512, P, O>(how, size, c, p, out),
         }
     }
 }
@@ -221,18 +227,18 @@ pub(super) unsafe fn accumulate<T: Real>(
 /// # Safety
 /// As [`accumulate`].
 #[inline(always)]
-unsafe fn accumulate_how<V: Vector, const M: usize, const W: usize>(
+unsafe fn accumulate_how<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, const M: usize, const W: usize>(
     (order, sums): (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
-    p: Rows<V::Element>,
-    out: Rows<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     // SAFETY: as this function asks.
     unsafe {
         match sums {
-            Sums::Go => accumulate_with::<V, M, W, false>(order, size, c, p, out),
-            Sums::Begin => accumulate_with::<V, M, W, true>(order, size, c, p, out),
+            Sums::Go => accumulate_with::<V, P, O, M, W, false>(order, size, c, p, out),
+            Sums::Begin => accumulate_with::<V, P, O, M, W, true>(order, size, c, p, out),
         }
     }
 }
@@ -240,46 +246,53 @@ unsafe fn accumulate_how<V: Vector, const M: usize, const W: usize>(
 /// # Safety
 /// As [`accumulate`].
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn accumulate_avx2<V: Vector>(
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn accumulate_avx2<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>>(
     how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
-    p: Rows<V::Element>,
-    out: Rows<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_how::<V, 4, 2>(how, size, c, p, out) }
+    unsafe { accumulate_how::<V, P, O, 4, 2>(how, size, c, p, out) }
 }
 
 /// # Safety
 /// As [`accumulate`].
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma")]
-unsafe fn accumulate_avx512<V: Vector>(
+#[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn accumulate_avx512<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>>(
     how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
-    p: Rows<V::Element>,
-    out: Rows<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_how::<V, 4, 4>(how, size, c, p, out) }
+    unsafe { accumulate_how::<V, P, O, 4, 4>(how, size, c, p, out) }
 }
 
 /// # Safety
 /// As [`accumulate`].
 #[inline(always)]
-unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize, const BEGIN: bool>(
+unsafe fn accumulate_with<
+    V: Vector,
+    P: Memory<V::Element>,
+    O: Memory<V::Element>,
+    const M: usize,
+    const W: usize,
+    const BEGIN: bool,
+>(
     order: Order,
     (m, depth, length): (usize, usize, usize),
     c: Coefficients<V::Element>,
-    p: Rows<V::Element>,
-    out: Rows<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     if length <= V::LANES {
         // SAFETY: as this function asks.
-        return unsafe { accumulate_narrow::<V, BEGIN>((m, depth, length), c, p, out) };
+        return unsafe { accumulate_narrow::<V, P, O, BEGIN>((m, depth, length), c, p, out) };
     }
     let wide = W * V::LANES;
     let (row_groups, column_groups) = (m.div_ceil(M), length.div_ceil(wide));
@@ -295,10 +308,10 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize, const BEGIN
             unsafe {
                 let size = (rows, depth, columns);
                 match order {
-                    Order::ByRow => accumulate_tiles::<V, M, W, BEGIN, NEXT_ROWS>(size, c, p, out),
+                    Order::ByRow => accumulate_tiles::<V, P, O, M, W, BEGIN, NEXT_ROWS>(size, c, p, out),
                     // The first rows bring the columns that come next from memory.
-                    Order::ByColumn if b == 0 => accumulate_tiles::<V, M, W, BEGIN, NEXT_INPUT>(size, c, p, out),
-                    Order::ByColumn => accumulate_tiles::<V, M, W, BEGIN, NEXT_COLUMNS>(size, c, p, out),
+                    Order::ByColumn if b == 0 => accumulate_tiles::<V, P, O, M, W, BEGIN, NEXT_INPUT>(size, c, p, out),
+                    Order::ByColumn => accumulate_tiles::<V, P, O, M, W, BEGIN, NEXT_COLUMNS>(size, c, p, out),
                 }
             }
         }
@@ -310,11 +323,11 @@ unsafe fn accumulate_with<V: Vector, const M: usize, const W: usize, const BEGIN
 /// # Safety
 /// As [`accumulate`], for at most as many columns as a vector has lanes.
 #[inline(always)]
-unsafe fn accumulate_narrow<V: Vector, const BEGIN: bool>(
+unsafe fn accumulate_narrow<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, const BEGIN: bool>(
     (m, depth, length): (usize, usize, usize),
     c: Coefficients<V::Element>,
-    p: Rows<V::Element>,
-    out: Rows<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     if length == 0 {
         return;
@@ -326,15 +339,15 @@ unsafe fn accumulate_narrow<V: Vector, const BEGIN: bool>(
         unsafe {
             i += match m - i {
                 12.. => {
-                    accumulate_tile::<V, 12, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                    accumulate_tile::<V, P, O, 12, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
                     12
                 }
                 4.. => {
-                    accumulate_tile::<V, 4, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                    accumulate_tile::<V, P, O, 4, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
                     4
                 }
                 _ => {
-                    accumulate_tile::<V, 1, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                    accumulate_tile::<V, P, O, 1, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
                     1
                 }
             };
@@ -345,24 +358,32 @@ unsafe fn accumulate_narrow<V: Vector, const BEGIN: bool>(
 /// # Safety
 /// As [`accumulate`], for at most M rows and W vectors.
 #[inline(always)]
-unsafe fn accumulate_tiles<V: Vector, const M: usize, const W: usize, const BEGIN: bool, const PREFETCH: u8>(
+unsafe fn accumulate_tiles<
+    V: Vector,
+    P: Memory<V::Element>,
+    O: Memory<V::Element>,
+    const M: usize,
+    const W: usize,
+    const BEGIN: bool,
+    const PREFETCH: u8,
+>(
     (rows, depth, columns): (usize, usize, usize),
     c: Coefficients<V::Element>,
-    p: Rows<V::Element>,
-    out: Rows<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     // SAFETY: as this function asks.
     unsafe {
         if rows == M && columns == W * V::LANES {
-            return accumulate_tile::<V, M, W, BEGIN, PREFETCH, false>((depth, V::LANES), c, p, out);
+            return accumulate_tile::<V, P, O, M, W, BEGIN, PREFETCH, false>((depth, V::LANES), c, p, out);
         }
         let last = columns - (columns - 1) / V::LANES * V::LANES;
         if rows == M {
-            return accumulate_part::<V, M, BEGIN>((depth, columns, last), c, p, out);
+            return accumulate_part::<V, P, O, M, BEGIN>((depth, columns, last), c, p, out);
         }
         for i in 0..rows {
             let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
-            accumulate_part::<V, 1, BEGIN>((depth, columns, last), c, p, out.from(i));
+            accumulate_part::<V, P, O, 1, BEGIN>((depth, columns, last), c, p, out.from(i));
         }
     }
 }
@@ -370,19 +391,25 @@ unsafe fn accumulate_tiles<V: Vector, const M: usize, const W: usize, const BEGI
 /// # Safety
 /// As [`accumulate`], for M rows and one to four vectors, the last of which has `last` columns.
 #[inline(always)]
-unsafe fn accumulate_part<V: Vector, const M: usize, const BEGIN: bool>(
+unsafe fn accumulate_part<
+    V: Vector,
+    P: Memory<V::Element>,
+    O: Memory<V::Element>,
+    const M: usize,
+    const BEGIN: bool,
+>(
     (depth, columns, last): (usize, usize, usize),
     c: Coefficients<V::Element>,
-    p: Rows<V::Element>,
-    out: Rows<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     // SAFETY: as this function asks.
     unsafe {
         match columns.div_ceil(V::LANES) {
-            1 => accumulate_tile::<V, M, 1, BEGIN, NOTHING, true>((depth, last), c, p, out),
-            2 => accumulate_tile::<V, M, 2, BEGIN, NOTHING, true>((depth, last), c, p, out),
-            3 => accumulate_tile::<V, M, 3, BEGIN, NOTHING, true>((depth, last), c, p, out),
-            _ => accumulate_tile::<V, M, 4, BEGIN, NOTHING, true>((depth, last), c, p, out),
+            1 => accumulate_tile::<V, P, O, M, 1, BEGIN, NOTHING, true>((depth, last), c, p, out),
+            2 => accumulate_tile::<V, P, O, M, 2, BEGIN, NOTHING, true>((depth, last), c, p, out),
+            3 => accumulate_tile::<V, P, O, M, 3, BEGIN, NOTHING, true>((depth, last), c, p, out),
+            _ => accumulate_tile::<V, P, O, M, 4, BEGIN, NOTHING, true>((depth, last), c, p, out),
         }
     }
 }
@@ -401,6 +428,8 @@ const NEXT_INPUT: u8 = 3;
 #[inline(always)]
 unsafe fn accumulate_tile<
     V: Vector,
+    P: Memory<V::Element>,
+    O: Memory<V::Element>,
     const M: usize,
     const W: usize,
     const BEGIN: bool,
@@ -409,18 +438,16 @@ unsafe fn accumulate_tile<
 >(
     (depth, last): (usize, usize),
     c: Coefficients<V::Element>,
-    p: Rows<V::Element>,
-    out: Rows<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
 ) {
     // SAFETY: M rows of W vectors of the output, and of p for each k.
     unsafe {
-        let load = |row: *const V::Element, v: usize| {
-            let at = row.add(v * V::LANES);
-            if PART && v == W - 1 { V::load_part(at, last) } else { V::load(at) }
-        };
         let mut sums = [[V::splat(V::Element::default()); W]; M];
         if !BEGIN {
-            sums = std::array::from_fn(|i| std::array::from_fn(|v| load(out.data.add(i * out.stride), v)));
+            sums = std::array::from_fn(|i| {
+                std::array::from_fn(|v| load::<V, O, W, PART>(out.data.add(i * out.stride), v, last))
+            });
         }
         if PREFETCH != NOTHING {
             let next = if PREFETCH == NEXT_ROWS { M * out.stride } else { W * V::LANES };
@@ -429,7 +456,7 @@ unsafe fn accumulate_tile<
             }
         }
         for k in 0..depth {
-            let values: [V; W] = std::array::from_fn(|v| load(p.data.add(k * p.stride), v));
+            let values: [V; W] = std::array::from_fn(|v| load::<V, P, W, PART>(p.data.add(k * p.stride), v, last));
             if PREFETCH == NEXT_INPUT {
                 (0..W).for_each(|v| V::prefetch(p.data.wrapping_add(k * p.stride + (W + v) * V::LANES)));
             }
@@ -443,9 +470,26 @@ unsafe fn accumulate_tile<
         for (i, row) in sums.into_iter().enumerate() {
             for (v, sum) in row.into_iter().enumerate() {
                 let to = out.data.add(i * out.stride + v * V::LANES);
-                if PART && v == W - 1 { sum.store_part(to, last) } else { sum.store(to) }
+                if PART && v == W - 1 { O::store_part(sum, to, last) } else { O::store(sum, to) }
             }
         }
+    }
+}
+
+/// Vector v of W of a row, of which the last may have `last` columns alone.
+///
+/// # Safety
+/// The columns can be read.
+#[inline(always)]
+unsafe fn load<V: Vector, S: Memory<V::Element>, const W: usize, const PART: bool>(
+    row: *const S,
+    v: usize,
+    last: usize,
+) -> V {
+    // SAFETY: as this function asks.
+    unsafe {
+        let at = row.add(v * V::LANES);
+        if PART && v == W - 1 { S::load_part(at, last) } else { S::load(at) }
     }
 }
 

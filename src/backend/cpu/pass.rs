@@ -7,11 +7,12 @@
 use super::Host;
 use super::element::{is_own, load, pointer, store};
 use super::kernels::{Coefficients, Order, Rows, Sums, accumulate, dot};
-use super::simd::{Real, Vector};
+use super::simd::{Isa, Real, Vector};
 use crate::adapter::{ALIGNMENT, Call, Geometry, Pass};
 use crate::error::{Error, Result};
 use crate::philox::Dropout;
 use crate::tensor::{Address, Dtype, Matrix, Triplets};
+use half::{bf16, f16};
 use std::marker::PhantomData;
 
 /// Tokens that go through all products together; at a width of 768, x, y and the factors stay in the second cache.
@@ -25,8 +26,6 @@ const FEW_CHUNKS: usize = 4;
 const MOST_CHUNKS: usize = 16;
 /// Triplets from which on an adapter's factors leave the first cache before they are used again.
 const MANY_TRIPLETS: usize = 16;
-/// How many rows before they are converted rows are asked for from memory.
-const ROWS_AHEAD: usize = 4;
 /// Multiplications below which waking other threads costs more than it gains.
 const SERIAL_WORK: usize = 1 << 18;
 /// Gradient elements that are added over chunks at a time.
@@ -259,16 +258,12 @@ impl<T: Real> Partial<T> {
 
 /// A worker's own memory, for one block of tokens.
 struct Scratch<T> {
-    /// x, converted.
-    x: Rows<T>,
     /// x, dropped out, for one adapter.
     dropped: Rows<T>,
-    /// dx, converted.
+    /// dx, while several adapters add to it.
     dx: Rows<T>,
     /// One adapter's share of dx, before the mask.
     masked: Rows<T>,
-    /// y or dy, converted.
-    y: Rows<T>,
     h: Rows<T>,
     g: Rows<T>,
     scaled: Rows<T>,
@@ -277,14 +272,12 @@ struct Scratch<T> {
 impl<T: Real> Scratch<T> {
     fn new(arena: &mut Arena, geometries: &[&Geometry]) -> Self {
         let most = |f: fn(&Geometry) -> usize| geometries.iter().map(|g| f(g)).max().unwrap_or(0);
-        let (input, output, rank) = (most(|g| g.input.local), most(|g| g.output.local), most(|g| g.rank));
+        let (input, rank) = (most(|g| g.input.local), most(|g| g.rank));
         let mut rows = |columns| Rows::new(arena.take(&[BLOCK, columns]), columns);
         Self {
-            x: rows(input),
             dropped: rows(input),
             dx: rows(input),
             masked: rows(input),
-            y: rows(output),
             h: rows(rank),
             g: rows(rank),
             scaled: rows(rank),
@@ -371,35 +364,69 @@ fn element(vector: &crate::tensor::Vector, i: usize) -> Address {
     vector.data.offset(i * vector.stride * vector.dtype.size())
 }
 
-/// The rows of a block: where they are if they are of the compute type, else converted.
-///
-/// # Safety
-/// The matrix was checked; `buffer` has room for m of its rows.
-unsafe fn block_of<T: Real>(matrix: &Matrix, first: usize, m: usize, buffer: Rows<T>) -> Rows<T> {
-    if is_own::<T>(matrix.dtype) {
-        return Rows::new(pointer(row_of(matrix, first)), matrix.row_stride);
-    }
-    let buffer = Rows::new(buffer.data, matrix.columns);
-    for t in 0..m {
-        let (row, ahead) = (row_of(matrix, first + t), row_of(matrix, first + t + ROWS_AHEAD));
-        (0..matrix.columns * matrix.dtype.size())
-            .step_by(64)
-            .for_each(|i| T::Portable::prefetch(pointer(ahead.offset(i))));
-        // SAFETY: as this function asks.
-        unsafe { load(matrix.dtype, row, matrix.columns, buffer.from(t).data) };
-    }
-    buffer
+/// Rows of x, y, dy or dx where the caller has them.
+#[derive(Clone, Copy)]
+enum Lines<T> {
+    Own(Rows<T>),
+    Bfloat16(Rows<bf16>),
+    Float16(Rows<f16>),
 }
 
-/// Puts a converted block back.
-///
-/// # Safety
-/// As [`block_of`], which gave `rows`.
-unsafe fn put_back<T: Real>(matrix: &Matrix, first: usize, m: usize, rows: Rows<T>) {
-    if !is_own::<T>(matrix.dtype) {
-        for t in 0..m {
-            // SAFETY: as this function asks.
-            unsafe { store(matrix.dtype, rows.from(t).data, matrix.columns, row_of(matrix, first + t)) };
+impl<T: Real> Lines<T> {
+    /// From a row of a matrix on.
+    fn of(matrix: &Matrix, first: usize) -> Self {
+        let (at, stride) = (row_of(matrix, first), matrix.row_stride);
+        match matrix.dtype {
+            Dtype::Bfloat16 => Self::Bfloat16(Rows::new(pointer(at), stride)),
+            Dtype::Float16 => Self::Float16(Rows::new(pointer(at), stride)),
+            Dtype::Float32 | Dtype::Float64 => Self::Own(Rows::new(pointer(at), stride)),
+        }
+    }
+
+    /// [`dot`] of these rows and of p.
+    ///
+    /// # Safety
+    /// As [`dot`].
+    unsafe fn dot(self, isa: Isa, size: (usize, usize, usize), p: Rows<T>, out: Rows<T>) {
+        // SAFETY: as this function asks.
+        unsafe {
+            match self {
+                Self::Own(x) => dot(isa, size, x, p, out),
+                Self::Bfloat16(x) => dot(isa, size, x, p, out),
+                Self::Float16(x) => dot(isa, size, x, p, out),
+            }
+        }
+    }
+
+    /// [`accumulate`] of these rows into sums.
+    ///
+    /// # Safety
+    /// As [`accumulate`].
+    unsafe fn add_to(self, isa: Isa, sums: Sums, size: (usize, usize, usize), c: Coefficients<T>, out: Rows<T>) {
+        let how = (Order::ByColumn, sums);
+        // SAFETY: as this function asks.
+        unsafe {
+            match self {
+                Self::Own(p) => accumulate(isa, how, size, c, p, out),
+                Self::Bfloat16(p) => accumulate(isa, how, size, c, p, out),
+                Self::Float16(p) => accumulate(isa, how, size, c, p, out),
+            }
+        }
+    }
+
+    /// [`accumulate`] of a factor's rows into these.
+    ///
+    /// # Safety
+    /// As [`accumulate`].
+    unsafe fn add(self, isa: Isa, size: (usize, usize, usize), c: Coefficients<T>, p: Rows<T>) {
+        let how = (order(size.1), Sums::Go);
+        // SAFETY: as this function asks.
+        unsafe {
+            match self {
+                Self::Own(out) => accumulate(isa, how, size, c, p, out),
+                Self::Bfloat16(out) => accumulate(isa, how, size, c, p, out),
+                Self::Float16(out) => accumulate(isa, how, size, c, p, out),
+            }
         }
     }
 }
@@ -468,20 +495,22 @@ impl<'a, T: Real> Run<'a, T> {
     /// The input of adapter i for a block: x itself, or its dropped-out copy.
     ///
     /// # Safety
-    /// `x` has m rows, and the scratch is this worker's.
-    unsafe fn input(&self, i: usize, first: usize, m: usize, x: Rows<T>, scratch: &Scratch<T>) -> Rows<T> {
-        let Some((dropout, token0)) = &self.masks[i] else { return x };
+    /// The matrix has m rows from `first` on, and the scratch is this worker's.
+    unsafe fn input(&self, i: usize, (first, m): (usize, usize), x: &Matrix, scratch: &Scratch<T>) -> Lines<T> {
+        let Some((dropout, token0)) = &self.masks[i] else { return Lines::of(x, first) };
         let share = &self.geometries[i].input;
         let scale = T::from_f64(dropout.keep_scale);
-        let to = Rows::new(scratch.dropped.data, share.local);
+        let rows = Rows::new(scratch.dropped.data, share.local);
         for t in 0..m {
-            let (from, to) = (x.from(t).data, to.from(t).data);
+            let row = rows.from(t).data;
+            // SAFETY: rows of as many columns.
+            unsafe { load(x.dtype, row_of(x, first + t), share.local, row) };
             dropout.for_each(token0 + (first + t) as u32, share.begin, share.local, |c, stays| {
-                // SAFETY: column c of row t of both.
-                unsafe { *to.add(c) = if stays { *from.add(c) * scale } else { T::zero() } };
+                // SAFETY: column c of the row.
+                unsafe { *row.add(c) = if stays { *row.add(c) * scale } else { T::zero() } };
             });
         }
-        to
+        Lines::Own(rows)
     }
 
     /// `out = values * factors * scaling`, for the first `columns` of each row.
@@ -506,16 +535,15 @@ impl<'a, T: Real> Run<'a, T> {
         let (pass, isa) = (self.pass, self.cpu.isa);
         // SAFETY: everything was checked; rows `first..first + m` are this task's.
         unsafe {
-            let x = pass.x.as_ref().map(|x| block_of(x, first, m, scratch.x));
             for (i, call) in pass.calls.iter().enumerate() {
                 let share = &self.shares[i];
                 let h = Rows::new(scratch.h.data, share.live);
                 let saved = call.h.map(|h| pointer::<T>(h).add(first * share.rank));
-                match (x, saved) {
+                match (&pass.x, saved) {
                     (Some(x), saved) if saved.is_some() || share.active > 0 => {
-                        let input = self.input(i, first, m, x, scratch);
                         let columns = if saved.is_some() { share.live } else { share.active };
-                        dot(isa, (m, columns, call.geometry.input.local), input, share.a, h);
+                        let size = (m, columns, call.geometry.input.local);
+                        self.input(i, (first, m), x, scratch).dot(isa, size, share.a, h);
                         if let Some(saved) = saved {
                             share.scatter(m, h, saved);
                         }
@@ -527,9 +555,7 @@ impl<'a, T: Real> Run<'a, T> {
                     let scaled = Rows::new(scratch.scaled.data, share.active);
                     Self::scale((m, share.active), h, share.e, T::from_f64(call.scaling), scaled);
                     let c = Coefficients { data: scaled.data, row: scaled.stride, column: 1 };
-                    let rows = block_of(y, first, m, scratch.y);
-                    accumulate(isa, (order(share.active), Sums::Go), (m, share.active, y.columns), c, share.bt, rows);
-                    put_back(y, first, m, rows);
+                    Lines::of(y, first).add(isa, (m, share.active, y.columns), c, share.bt);
                 }
             }
         }
@@ -566,8 +592,7 @@ impl<'a, T: Real> Run<'a, T> {
         let (pass, isa) = (self.pass, self.cpu.isa);
         // SAFETY: everything was checked; rows `first..first + m` are this task's.
         unsafe {
-            let x = pass.x.as_ref().map(|x| block_of(x, first, m, scratch.x));
-            let dx_rows = dx.map(|dx| block_of(dx, first, m, scratch.dx));
+            let dx_lines = dx.map(|dx| self.begin_dx(dx, (first, m), scratch));
             for (i, call) in pass.calls.iter().enumerate() {
                 let (share, partial) = (&self.shares[i], &partials[i]);
                 if share.live == 0 {
@@ -581,16 +606,16 @@ impl<'a, T: Real> Run<'a, T> {
                 let scaled = Rows::new(scratch.scaled.data, share.active);
                 let across = Coefficients { data: scaled.data, row: 1, column: scaled.stride };
                 let scaling = T::from_f64(call.scaling);
-                let masked = x.map(|x| self.input(i, first, m, x, scratch));
+                let masked = pass.x.as_ref().map(|x| self.input(i, (first, m), x, scratch));
                 match (call.h, masked) {
                     (Some(saved), _) => share.gather(m, pointer::<T>(saved).add(first * share.rank), h),
-                    (None, Some(x)) => dot(isa, (m, share.live, input), x, share.a, h),
+                    (None, Some(x)) => x.dot(isa, (m, share.live, input), share.a, h),
                     (None, None) => {}
                 }
                 let saved_g = call.g.map(|g| pointer::<T>(g).add(first * share.rank));
                 if let Some(dy) = call.output.as_ref().filter(|_| pass.stages.project) {
-                    let dy = block_of(dy, first, m, scratch.y);
-                    dot(isa, (m, share.live, output), dy, share.bt, g);
+                    let dy = Lines::of(dy, first);
+                    dy.dot(isa, (m, share.live, output), share.bt, g);
                     for t in 0..m {
                         (0..share.live)
                             .for_each(|k| *g.data.add(t * g.stride + k) = *g.data.add(t * g.stride + k) * scaling);
@@ -599,7 +624,7 @@ impl<'a, T: Real> Run<'a, T> {
                         share.scatter(m, g, saved);
                     }
                     Self::scale((m, share.active), h, share.e, scaling, scaled);
-                    accumulate(isa, (Order::ByColumn, sums), (share.active, m, output), across, dy, partial.bt);
+                    dy.add_to(isa, sums, (share.active, m, output), across, partial.bt);
                 } else if let Some(saved) = saved_g {
                     share.gather(m, saved, g);
                 }
@@ -611,16 +636,34 @@ impl<'a, T: Real> Run<'a, T> {
                     }
                 }
                 Self::scale((m, share.active), g, share.e, T::one(), scaled);
-                accumulate(isa, (Order::ByColumn, sums), (share.active, m, input), across, x, partial.a);
-                if let Some(dx) = dx_rows {
+                x.add_to(isa, sums, (share.active, m, input), across, partial.a);
+                if let Some(dx) = dx_lines {
                     let along = Coefficients { data: scaled.data, row: scaled.stride, column: 1 };
                     self.add_to_dx(i, (first, m), along, dx, scratch);
                 }
             }
-            if let (Some(dx), Some(rows)) = (dx, dx_rows) {
-                put_back(dx, first, m, rows);
+            if let (Some(dx), Some(Lines::Own(rows))) = (dx, dx_lines)
+                && !is_own::<T>(dx.dtype)
+            {
+                for t in 0..m {
+                    store(dx.dtype, rows.from(t).data, dx.columns, row_of(dx, first + t));
+                }
             }
         }
+    }
+
+    /// Where a block's share of dx is added up: where it is, or in the compute type, so that it is rounded once.
+    ///
+    /// # Safety
+    /// As [`Run::backward_chunk`].
+    unsafe fn begin_dx(&self, dx: &Matrix, (first, m): (usize, usize), scratch: &Scratch<T>) -> Lines<T> {
+        if is_own::<T>(dx.dtype) || (self.pass.calls.len() == 1 && self.masks[0].is_none()) {
+            return Lines::of(dx, first);
+        }
+        let rows = Rows::new(scratch.dx.data, dx.columns);
+        // SAFETY: rows of as many columns.
+        (0..m).for_each(|t| unsafe { load(dx.dtype, row_of(dx, first + t), dx.columns, rows.from(t).data) });
+        Lines::Own(rows)
     }
 
     /// # Safety
@@ -630,19 +673,18 @@ impl<'a, T: Real> Run<'a, T> {
         i: usize,
         (first, m): (usize, usize),
         c: Coefficients<T>,
-        dx: Rows<T>,
+        dx: Lines<T>,
         scratch: &Scratch<T>,
     ) {
         let (share, input) = (&self.shares[i], &self.geometries[i].input);
         let product = (m, share.active, input.local);
-        let order = order(share.active);
         // SAFETY: m rows of dx, and of the worker's scratch.
         unsafe {
-            let Some((dropout, token0)) = &self.masks[i] else {
-                return accumulate(self.cpu.isa, (order, Sums::Go), product, c, share.a, dx);
+            let (Some((dropout, token0)), Lines::Own(dx)) = (&self.masks[i], dx) else {
+                return dx.add(self.cpu.isa, product, c, share.a);
             };
             let raw = Rows::new(scratch.masked.data, input.local);
-            accumulate(self.cpu.isa, (order, Sums::Begin), product, c, share.a, raw);
+            accumulate(self.cpu.isa, (order(share.active), Sums::Begin), product, c, share.a, raw);
             let scale = T::from_f64(dropout.keep_scale);
             for t in 0..m {
                 let (from, to) = (raw.from(t).data, dx.from(t).data);

@@ -1,6 +1,7 @@
 //! Vectors of the processor, so that each kernel is written once: AVX2 with fused multiply-add, and a portable one that
 //! the compiler maps to what there is. Chosen at run time.
 
+use half::{bf16, f16};
 use num_traits::Float;
 
 /// Instruction sets that kernels are built for.
@@ -8,7 +9,7 @@ use num_traits::Float;
 pub(super) enum Isa {
     /// What every processor of the architecture has.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512 F, DQ and VL.
@@ -31,7 +32,9 @@ impl Isa {
         match self {
             Self::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 Self::Avx2.is_available()
@@ -143,17 +146,166 @@ pub(super) trait Vector: Copy {
     /// `n` elements, 1 to `LANES`, can be written there.
     unsafe fn store_part(self, to: *mut Self::Element, n: usize);
     /// Asks for the cache line at an address, which need not be one that can be read.
-    fn prefetch(at: *const Self::Element);
+    fn prefetch<P>(at: *const P);
     /// `self * factor + addend`.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// The sum of the lanes, always in the same order.
     fn sum(self) -> Self::Element;
+    /// # Safety
+    /// As [`Vector::load`].
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: as this function asks.
+        unsafe { widened(from, Self::LANES, |x| f64::from(x)) }
+    }
+    /// Rounds to nearest, ties to even.
+    ///
+    /// # Safety
+    /// As [`Vector::store`].
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16) {
+        // SAFETY: as this function asks.
+        unsafe { narrowed(self, to, Self::LANES, bf16::from_f32) };
+    }
+    /// # Safety
+    /// As [`Vector::load`].
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: as this function asks.
+        unsafe { widened(from, Self::LANES, |x| f64::from(x)) }
+    }
+    /// Rounds to nearest, ties to even.
+    ///
+    /// # Safety
+    /// As [`Vector::store`].
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut f16) {
+        // SAFETY: as this function asks.
+        unsafe { narrowed(self, to, Self::LANES, f16::from_f32) };
+    }
     /// The sums of four vectors.
     #[inline(always)]
     fn sums(vectors: [Self; 4]) -> [Self::Element; 4] {
         vectors.map(Self::sum)
     }
 }
+
+/// Lanes of the widest vector.
+const MOST_LANES: usize = 16;
+
+/// A vector of n elements of another type.
+///
+/// # Safety
+/// n elements can be read, at most as many as the vector has lanes.
+#[inline(always)]
+unsafe fn widened<V: Vector, S: Copy>(from: *const S, n: usize, value: impl Fn(S) -> f64) -> V {
+    let mut lanes = [V::Element::default(); MOST_LANES];
+    // SAFETY: as this function asks.
+    unsafe {
+        (0..n).for_each(|i| lanes[i] = V::Element::from_f64(value(*from.add(i))));
+        V::load(lanes.as_ptr())
+    }
+}
+
+/// The reverse. Half precision is computed with in float32, so that this is one rounding.
+///
+/// # Safety
+/// n elements can be written, at most as many as the vector has lanes.
+#[inline(always)]
+unsafe fn narrowed<V: Vector, S>(vector: V, to: *mut S, n: usize, rounded: impl Fn(f32) -> S) {
+    let mut lanes = [V::Element::default(); MOST_LANES];
+    // SAFETY: as this function asks.
+    unsafe {
+        vector.store(lanes.as_mut_ptr());
+        (0..n).for_each(|i| to.add(i).write(rounded(Into::<f64>::into(lanes[i]) as f32)));
+    }
+}
+
+/// What vectors of T are made of in memory: T itself, or half precision.
+pub(super) trait Memory<T: Real>: Copy + 'static {
+    /// # Safety
+    /// As [`Vector::load`].
+    unsafe fn load<V: Vector<Element = T>>(from: *const Self) -> V;
+    /// # Safety
+    /// As [`Vector::load_part`].
+    unsafe fn load_part<V: Vector<Element = T>>(from: *const Self, n: usize) -> V;
+    /// # Safety
+    /// As [`Vector::store`].
+    unsafe fn store<V: Vector<Element = T>>(v: V, to: *mut Self);
+    /// # Safety
+    /// As [`Vector::store_part`].
+    unsafe fn store_part<V: Vector<Element = T>>(v: V, to: *mut Self, n: usize);
+}
+
+// SAFETY of all blocks: as the functions ask.
+impl<T: Real> Memory<T> for T {
+    #[inline(always)]
+    unsafe fn load<V: Vector<Element = T>>(from: *const T) -> V {
+        // SAFETY: see above.
+        unsafe { V::load(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_part<V: Vector<Element = T>>(from: *const T, n: usize) -> V {
+        // SAFETY: see above.
+        unsafe { V::load_part(from, n) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<V: Vector<Element = T>>(v: V, to: *mut T) {
+        // SAFETY: see above.
+        unsafe { v.store(to) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_part<V: Vector<Element = T>>(v: V, to: *mut T, n: usize) {
+        // SAFETY: see above.
+        unsafe { v.store_part(to, n) }
+    }
+}
+
+/// Implements [`Memory`] for a half-precision type; parts of vectors go through an array.
+macro_rules! half {
+    ($half:ident: $load:ident, $store:ident) => {
+        // SAFETY of all blocks: as the functions ask; the array has room for every vector.
+        impl<T: Real> Memory<T> for $half {
+            #[inline(always)]
+            unsafe fn load<V: Vector<Element = T>>(from: *const $half) -> V {
+                // SAFETY: see above.
+                unsafe { V::$load(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn load_part<V: Vector<Element = T>>(from: *const $half, n: usize) -> V {
+                let mut lanes = [$half::ZERO; MOST_LANES];
+                // SAFETY: see above.
+                unsafe {
+                    from.copy_to_nonoverlapping(lanes.as_mut_ptr(), n);
+                    V::$load(lanes.as_ptr())
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn store<V: Vector<Element = T>>(v: V, to: *mut $half) {
+                // SAFETY: see above.
+                unsafe { v.$store(to) }
+            }
+
+            #[inline(always)]
+            unsafe fn store_part<V: Vector<Element = T>>(v: V, to: *mut $half, n: usize) {
+                let mut lanes = [$half::ZERO; MOST_LANES];
+                // SAFETY: see above.
+                unsafe {
+                    v.$store(lanes.as_mut_ptr());
+                    lanes.as_ptr().copy_to_nonoverlapping(to, n);
+                }
+            }
+        }
+    };
+}
+
+half!(bf16: load_bf16, store_bf16);
+half!(f16: load_f16, store_f16);
 
 /// A vector that the compiler makes of an array.
 #[derive(Clone, Copy)]
@@ -195,7 +347,7 @@ impl<T: Real, const N: usize> Vector for Lanes<T, N> {
     }
 
     #[inline(always)]
-    fn prefetch(at: *const T) {
+    fn prefetch<P>(at: *const P) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: every processor of the architecture has it, and a prefetch of any address is allowed.
         unsafe {
@@ -229,12 +381,14 @@ impl<T: Real, const N: usize> Vector for Lanes<T, N> {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Vector;
+    use half::{bf16, f16};
     use std::arch::x86_64::*;
 
     /// Implements a vector by intrinsics; `$sum` adds its lanes.
     macro_rules! vector {
         ($name:ident($register:ty) of $lanes:literal $element:ty:
-            $splat:ident, $load:ident, $store:ident, $load_part:ident, $store_part:ident, $mul_add:ident, $sum:ident, $sums:expr) => {
+            $splat:ident, $load:ident, $store:ident, $load_part:ident, $store_part:ident, $mul_add:ident, $sum:ident, $sums:expr
+            $(, $load_bf16:ident, $store_bf16:ident, $load_f16:ident, $store_f16:ident)?) => {
             #[derive(Clone, Copy)]
             pub struct $name($register);
 
@@ -275,7 +429,7 @@ mod x86 {
                 }
 
                 #[inline(always)]
-                fn prefetch(at: *const $element) {
+                fn prefetch<P>(at: *const P) {
                     // SAFETY: a prefetch of any address is allowed.
                     unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
                 }
@@ -297,18 +451,126 @@ mod x86 {
                     // SAFETY: see above.
                     unsafe { $sums(vectors.map(|v| v.0)) }
                 }
+
+                $(
+                    #[inline(always)]
+                    unsafe fn load_bf16(from: *const bf16) -> Self {
+                        // SAFETY: see above.
+                        Self(unsafe { $load_bf16(from) })
+                    }
+
+                    #[inline(always)]
+                    unsafe fn store_bf16(self, to: *mut bf16) {
+                        // SAFETY: see above.
+                        unsafe { $store_bf16(to, self.0) }
+                    }
+
+                    #[inline(always)]
+                    unsafe fn load_f16(from: *const f16) -> Self {
+                        // SAFETY: see above.
+                        Self(unsafe { $load_f16(from) })
+                    }
+
+                    #[inline(always)]
+                    unsafe fn store_f16(self, to: *mut f16) {
+                        // SAFETY: see above.
+                        unsafe { $store_f16(to, self.0) }
+                    }
+                )?
             }
         };
     }
 
     vector!(F32x8(__m256) of 8 f32: _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, load_f32x8, store_f32x8,
-        _mm256_fmadd_ps, sum_f32x8, sums_f32x8);
+        _mm256_fmadd_ps, sum_f32x8, sums_f32x8, load_bf16x8, store_bf16x8, load_f16x8, store_f16x8);
     vector!(F64x4(__m256d) of 4 f64: _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, load_f64x4, store_f64x4,
         _mm256_fmadd_pd, sum_f64x4, |v: [__m256d; 4]| v.map(|v| sum_f64x4(v)));
     vector!(F32x16(__m512) of 16 f32: _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, load_f32x16, store_f32x16,
-        _mm512_fmadd_ps, sum_f32x16, sums_f32x16);
+        _mm512_fmadd_ps, sum_f32x16, sums_f32x16, load_bf16x16, store_bf16x16, load_f16x16, store_f16x16);
     vector!(F64x8(__m512d) of 8 f64: _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, load_f64x8, store_f64x8,
         _mm512_fmadd_pd, sum_f64x8, |v: [__m512d; 4]| v.map(|v| sum_f64x8(v)));
+
+    /// # Safety
+    /// The processor has AVX2; 8 elements can be read.
+    #[inline(always)]
+    unsafe fn load_bf16x8(from: *const bf16) -> __m256 {
+        // SAFETY: as this function asks.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))) }
+    }
+
+    /// # Safety
+    /// The processor has AVX2; 8 elements can be written.
+    #[inline(always)]
+    unsafe fn store_bf16x8(to: *mut bf16, v: __m256) {
+        // SAFETY: as this function asks.
+        unsafe {
+            let bits = _mm256_castps_si256(v);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            // A NaN keeps its sign and upper bits, and stays a NaN.
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+            let high = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(nearest, quiet, nan));
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(high, high));
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
+        }
+    }
+
+    /// # Safety
+    /// The processor has F16C; 8 elements can be read.
+    #[inline(always)]
+    unsafe fn load_f16x8(from: *const f16) -> __m256 {
+        // SAFETY: as this function asks.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+
+    /// # Safety
+    /// The processor has F16C; 8 elements can be written.
+    #[inline(always)]
+    unsafe fn store_f16x8(to: *mut f16, v: __m256) {
+        // SAFETY: as this function asks.
+        unsafe { _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) };
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 F; 16 elements can be read.
+    #[inline(always)]
+    unsafe fn load_bf16x16(from: *const bf16) -> __m512 {
+        // SAFETY: as this function asks.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())))) }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 F; 16 elements can be written.
+    #[inline(always)]
+    unsafe fn store_bf16x16(to: *mut bf16, v: __m512) {
+        // SAFETY: as this function asks.
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            // A NaN keeps its sign and upper bits, and stays a NaN.
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let rounded = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x40_0000));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+        }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 F; 16 elements can be read.
+    #[inline(always)]
+    unsafe fn load_f16x16(from: *const f16) -> __m512 {
+        // SAFETY: as this function asks.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 F; 16 elements can be written.
+    #[inline(always)]
+    unsafe fn store_f16x16(to: *mut f16, v: __m512) {
+        // SAFETY: as this function asks.
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) };
+    }
 
     /// Implements loading and storing of the first n lanes.
     macro_rules! part {
