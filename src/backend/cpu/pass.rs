@@ -392,8 +392,9 @@ impl<T: Real> Lines<T> {
         unsafe {
             match self {
                 Self::Own(x) => dot(isa, size, x, p, out),
-                Self::Bfloat16(x) => dot(isa, size, x, p, out),
-                Self::Float16(x) => dot(isa, size, x, p, out),
+                Self::Bfloat16(x) if T::MEETS_HALF => dot(isa, size, x, p, out),
+                Self::Float16(x) if T::MEETS_HALF => dot(isa, size, x, p, out),
+                _ => unreachable!("float64 goes with itself alone"),
             }
         }
     }
@@ -408,8 +409,9 @@ impl<T: Real> Lines<T> {
         unsafe {
             match self {
                 Self::Own(p) => accumulate(isa, how, size, c, p, out),
-                Self::Bfloat16(p) => accumulate(isa, how, size, c, p, out),
-                Self::Float16(p) => accumulate(isa, how, size, c, p, out),
+                Self::Bfloat16(p) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out),
+                Self::Float16(p) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out),
+                _ => unreachable!("float64 goes with itself alone"),
             }
         }
     }
@@ -424,8 +426,9 @@ impl<T: Real> Lines<T> {
         unsafe {
             match self {
                 Self::Own(out) => accumulate(isa, how, size, c, p, out),
-                Self::Bfloat16(out) => accumulate(isa, how, size, c, p, out),
-                Self::Float16(out) => accumulate(isa, how, size, c, p, out),
+                Self::Bfloat16(out) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out),
+                Self::Float16(out) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out),
+                _ => unreachable!("float64 goes with itself alone"),
             }
         }
     }

@@ -71,6 +71,9 @@ pub(super) trait Real:
     #[cfg(target_arch = "x86_64")]
     type Avx512: Vector<Element = Self>;
 
+    /// Whether half precision is computed with in this type.
+    const MEETS_HALF: bool;
+
     fn from_f64(value: f64) -> Self;
 
     /// Rows become columns.
@@ -81,6 +84,8 @@ pub(super) trait Real:
 }
 
 impl Real for f32 {
+    const MEETS_HALF: bool = true;
+
     type Portable = Lanes<f32, 8>;
     #[cfg(target_arch = "x86_64")]
     type Avx2 = x86::F32x8;
@@ -112,6 +117,8 @@ impl Real for f32 {
 }
 
 impl Real for f64 {
+    const MEETS_HALF: bool = false;
+
     type Portable = Lanes<f64, 4>;
     #[cfg(target_arch = "x86_64")]
     type Avx2 = x86::F64x4;
