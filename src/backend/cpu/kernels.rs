@@ -565,4 +565,46 @@ mod tests {
     fn float64() {
         products_match_plain_loops::<f64>();
     }
+
+    /// All floating-point numbers but for bits that no rounding to half precision can see, and ties beside them.
+    fn singles() -> impl Iterator<Item = f32> {
+        let lows = [0, 1, 0x0fff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0xffff];
+        (0..=u16::MAX).flat_map(move |high| lows.map(|low| f32::from_bits(u32::from(high) << 16 | low)))
+    }
+
+    /// Sums of one product with 1, stored in half precision, are what `half` makes of the numbers; loaded again, too.
+    fn half_precision_is_what_half_makes_of_it<H: Memory<f32>>(round: fn(f32) -> H, bits: fn(H) -> u16) {
+        let values: Vec<f32> = singles().filter(|x| x.to_bits() != 0x8000_0000).collect();
+        let length = values.len() - 3;
+        let one = 1.0;
+        let c = Coefficients { data: &raw const one, row: 0, column: 0 };
+        for isa in isas() {
+            let mut rounded = vec![round(0.0); length];
+            let (from, to) = (Rows::new(values.as_ptr().cast_mut(), 0), Rows::new(rounded.as_mut_ptr(), 0));
+            // SAFETY: one row of so many elements.
+            unsafe { accumulate(isa, (Order::ByRow, Sums::Begin), (1, 1, length), c, from, to) };
+            for (value, got) in values.iter().zip(&rounded) {
+                let want = round(*value + 0.0);
+                assert_eq!(bits(*got), bits(want), "{isa:?} {value:e}");
+            }
+            let mut back = vec![0f32; length];
+            // SAFETY: one row of so many elements.
+            unsafe {
+                accumulate(isa, (Order::ByRow, Sums::Begin), (1, 1, length), c, to, Rows::new(back.as_mut_ptr(), 0));
+            }
+            for (half, single) in rounded.iter().zip(&back) {
+                assert!(single.is_nan() || bits(round(*single)) == bits(*half) || *single == 0.0, "{isa:?} {single:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn bfloat16() {
+        half_precision_is_what_half_makes_of_it(half::bf16::from_f32, half::bf16::to_bits);
+    }
+
+    #[test]
+    fn float16() {
+        half_precision_is_what_half_makes_of_it(half::f16::from_f32, half::f16::to_bits);
+    }
 }

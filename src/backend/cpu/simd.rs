@@ -163,7 +163,7 @@ pub(super) trait Vector: Copy {
     #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self {
         // SAFETY: as this function asks.
-        unsafe { widened(from, Self::LANES, |x| f64::from(x)) }
+        unsafe { widened(from, Self::LANES, f64::from) }
     }
     /// Rounds to nearest, ties to even.
     ///
@@ -179,7 +179,7 @@ pub(super) trait Vector: Copy {
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: as this function asks.
-        unsafe { widened(from, Self::LANES, |x| f64::from(x)) }
+        unsafe { widened(from, Self::LANES, f64::from) }
     }
     /// Rounds to nearest, ties to even.
     ///
