@@ -162,13 +162,22 @@ def targeted(model, **options):
     return list(matched)
 
 
+def assert_same(model, found, expected, options):
+    """The same modules; where PEFT refuses what we adapt, such a module among ours."""
+    more = expected is None and found is not None
+    if more:
+        assert any(isinstance(model.get_submodule(path), nn.Embedding | nn.Conv1d) for path in found), options
+    else:
+        assert found == expected, options
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_same_modules_as_peft(name):
     model = made(name)
     found = 0
     for options in CONFIGS:
         expected = targeted_by_peft(model, **options)
-        assert targeted(model, **options) == expected, options
+        assert_same(model, targeted(model, **options), expected, options)
         found += expected is not None
     assert found > 5 or name in ("single", "nothing_linear", "attention", "sequence")
 
@@ -205,7 +214,7 @@ def test_same_modules_as_peft_for_random_configurations(name):
             if random_.random() < 0.5:
                 options["layers_pattern"] = random_.choice(["layers", "h", ["layer", "block"], "layers|h", "[a-z]+"])
         expected = targeted_by_peft(model, **options)
-        assert targeted(model, **options) == expected, options
+        assert_same(model, targeted(model, **options), expected, options)
         found += expected is not None
     assert found > 15
 
@@ -336,13 +345,14 @@ def test_what_is_said_where_nothing_matches():
 
 
 def test_types_that_cannot_be_adapted():
-    for name, kind in (("embedding", "Embedding"), ("conv", "Conv1d"), ("mlp", "ModuleDict")):
-        with pytest.raises(adalora.InvalidArgumentError, match=rf"expected .*Linear or .*Conv1D, found .*, .* {kind}$"):
+    for name, kind in (("q_norm", "LayerNorm"), ("mlp", "ModuleDict")):
+        with pytest.raises(
+            adalora.InvalidArgumentError,
+            match=rf"expected a torch.nn.Linear, .* or Embedding, found .*{name}, which is of type {kind}$",
+        ):
             matching_modules(made("tempting"), config(target_modules=["q", name]))
-    conv2d = nn.Sequential(nn.Conv2d(2, 2, 1))
-    assert targeted_by_peft(conv2d, target_modules=["0"]) == ["0"]
-    with pytest.raises(adalora.InvalidArgumentError, match="found 0, which is of type Conv2d"):
-        matching_modules(conv2d, config(target_modules=["0"]))
+    with pytest.raises(adalora.InvalidArgumentError, match="found 0, which is of type Conv3d"):
+        matching_modules(nn.Sequential(nn.Conv3d(2, 2, 1)), config(target_modules=["0"]))
     whole = nn.Linear(2, 2)
     whole.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     for linear, found in ((nn.LazyLinear(2), "has no weight yet"), (whole, r"holds torch\.int8")):

@@ -14,9 +14,10 @@
 from .allocator import RankAllocator
 from .checkpoint import load_adapter, load_training_state, save_adapter, save_training_state
 from .config import AdaLoraConfig
-from .convolution import svd_conv
+from .convolution import SVDConv1d, SVDConv2d, svd_conv
+from .embedding import SVDEmbedding
 from .functional import Part, svd_linear
-from .layers import SharedInput, SVDLinear
+from .layers import SharedInput, SVDLayer, SVDLinear
 from .model import (
     adapt,
     delete_adapter,
@@ -39,6 +40,10 @@ __all__ = [
     "Part",
     "RankAllocator",
     "RankReport",
+    "SVDConv1d",
+    "SVDConv2d",
+    "SVDEmbedding",
+    "SVDLayer",
     "SVDLinear",
     "SharedInput",
     "adapt",

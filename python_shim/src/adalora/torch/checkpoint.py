@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..errors import CorruptDataError, InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
-from .layers import SVDLinear
-from .matching import matching_modules
+from .layers import SVDLayer
+from .matching import matching_modules, svd_layer
 from .model import adapt, get_config, named_adapters, saved_modules
 
 CONFIG_FILE = "adapter_config.json"
@@ -100,7 +100,7 @@ def load_adapter(
             # Once is enough: `adapt` looks again.
             warnings.simplefilter("ignore")
             matched = matching_modules(model, config)
-        layers = {path: each if isinstance(each, SVDLinear) else SVDLinear(each) for path, each in matched.items()}
+        layers = {path: svd_layer(each) for path, each in matched.items()}
     else:
         layers = named_adapters(model, adapter_name)
         _check_present(layers, get_config(model, adapter_name), config, adapter_name, is_trainable)
@@ -126,7 +126,7 @@ def load_adapter(
     return model
 
 
-def _adapter_tensors(layers: Mapping[str, SVDLinear], adapter_name: str) -> dict[str, Tensor]:
+def _adapter_tensors(layers: Mapping[str, SVDLayer], adapter_name: str) -> dict[str, Tensor]:
     """An adapter's parameters by their names in the file."""
     return {
         f"{_PREFIX}{path}.lora_{name}": p
@@ -173,7 +173,7 @@ def _read_config(path: Path, is_trainable: bool) -> AdaLoraConfig:
 
 
 def _check_present(
-    layers: Mapping[str, SVDLinear], present: AdaLoraConfig, config: AdaLoraConfig, adapter_name: str, trainable: bool
+    layers: Mapping[str, SVDLayer], present: AdaLoraConfig, config: AdaLoraConfig, adapter_name: str, trainable: bool
 ) -> None:
     """Check that what is in a folder suits the adapter that is there."""
     merged = [path for path, layer in layers.items() if adapter_name in layer.merged_adapters]

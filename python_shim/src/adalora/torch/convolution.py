@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 from .expand import _fitting, svd_expand
+from .layers import Refusal, SVDLayer
 
-CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
-"""The layers that can be adapted, and what they call."""
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
 
 
 def svd_conv(
@@ -49,11 +50,11 @@ def svd_conv(
         A tensor of y's shape and type.
 
     """
-    convolve = next((function for kind, function in CONVOLUTIONS.items() if isinstance(base, kind)), None)
+    convolve = next((function for kind, function in _CONVOLUTIONS.items() if isinstance(base, kind)), None)
     if convolve is None:
         raise InvalidArgumentError(f"base: expected torch.nn.Conv1d or torch.nn.Conv2d, found {type(base).__name__}")
     filters = (A.shape[0], base.in_channels // base.groups, *base.kernel_size)
-    features = torch.Size(filters[1:]).numel()
+    features = math.prod(filters[1:])
     if A.dim() != 2 or A.shape[1] != features:
         raise InvalidArgumentError(f"A: expected shape [r, {features}] for the base's kernel, found {list(A.shape)}")
     if B.shape != (base.out_channels, filters[0]):
@@ -70,3 +71,55 @@ def svd_conv(
     h = convolve(x, weight, None, base.stride, padding, base.dilation, base.groups)
     channel_dim = -1 - len(base.kernel_size)
     return svd_expand(y, h, E, B, scaling, channel_dim=channel_dim, groups=base.groups, in_place=in_place)
+
+
+class _SVDConvolution(SVDLayer):
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> Refusal | None:
+        """Why a layer cannot be adapted; None: it can."""
+        refusal = super().refusal(base_layer)
+        if refusal is not None:
+            return refusal
+        (kind,) = cls.base_types
+        own = [
+            name for name in ("forward", "_conv_forward") if getattr(type(base_layer), name) is not getattr(kind, name)
+        ]
+        if own:
+            return Refusal(f"a layer that computes what torch.nn.{kind.__name__} does", f"has its own {own[0]}")
+        return None
+
+    def _add(self, adapter_name: str, x: Tensor, y: Tensor, lora_dropout: float, in_place: bool) -> Tensor:
+        return svd_conv(
+            x,
+            y,
+            *self.triplets(adapter_name),
+            self.scaling(adapter_name),
+            base=self.base_layer,
+            lora_dropout=lora_dropout,
+            in_place=in_place,
+        )
+
+
+class SVDConv2d(_SVDConvolution):
+    """A frozen two-dimensional convolution and its adapters (PEFT's class): see `svd_conv`.
+
+    A is [r, in_channels / groups * kernel elements], as the rows of the base weight; stride, padding with its modes,
+    dilation and groups are the base layer's.
+
+    Args:
+        base_layer: a `torch.nn.Conv2d`.
+
+    """
+
+    base_types = (nn.Conv2d,)
+
+
+class SVDConv1d(_SVDConvolution):
+    """A frozen one-dimensional convolution and its adapters, as `SVDConv2d`.
+
+    Args:
+        base_layer: a `torch.nn.Conv1d`.
+
+    """
+
+    base_types = (nn.Conv1d,)

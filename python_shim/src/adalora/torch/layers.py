@@ -1,7 +1,8 @@
-"""A linear layer with its SVD adapters, and layers that share an input."""
+"""Layers with their SVD adapters: what all kinds have in common, linear ones, and those that share an input."""
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import weakref
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..arrays import Triplets
 from ..errors import InvalidArgumentError, UnsupportedError
@@ -24,27 +27,48 @@ def is_conv1d(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
-class SVDLinear(nn.Module):
-    """A frozen linear layer and its adapters: `base_layer(x) + scaling * dropout(x) A^T diag(E) B^T` (PEFT's class).
+class Refusal(NamedTuple):
+    """Why a layer cannot be adapted."""
 
-    Parameters are named as PEFT names them: `base_layer.weight`, `lora_A.<adapter>` [r, in], `lora_E.<adapter>` [r, 1]
-    and `lora_B.<adapter>` [out, r]. The module copies, pickles, moves and loads like any other.
+    expected: str
+    found: str
+    """Ends "found the layer, which ..."."""
+
+
+def _weight_refusal(weight: Tensor) -> Refusal | None:
+    if is_lazy(weight):
+        return Refusal("a floating-point weight", "has no weight yet")
+    return None if weight.is_floating_point() else Refusal("a floating-point weight", f"holds {weight.dtype}")
+
+
+class SVDLayer(nn.Module):
+    """A frozen layer and its SVD adapters: what all kinds have in common.
+
+    Parameters are named as PEFT names them: `base_layer.weight`, `lora_A.<adapter>` [r, in_features],
+    `lora_E.<adapter>` [r, 1] and `lora_B.<adapter>` [out_features, r]. The module copies, pickles, moves and loads like
+    any other.
 
     Args:
-        base_layer: a `torch.nn.Linear` or transformers' `Conv1D`.
+        base_layer: of a type that the kind adapts.
 
     """
 
+    base_types: tuple[type[nn.Module], ...] = ()
+    """Types of base layers, and what derives from them."""
+    fan_in_fan_out = False
+    """Whether the base weight is [in_features, out_features], and not the other way round."""
+    in_features: int
+    """Columns of A: elements of the base weight for each row of B."""
+    out_features: int
+    """Rows of B."""
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.fan_in_fan_out = is_conv1d(base_layer)
-        if not self.fan_in_fan_out and not isinstance(base_layer, nn.Linear):
-            raise InvalidArgumentError(
-                f"base_layer: expected torch.nn.Linear or transformers' Conv1D, found {type(base_layer).__name__}"
-            )
+        refusal = self.refusal(base_layer)
+        if refusal is not None:
+            raise InvalidArgumentError(f"base_layer: expected {refusal.expected}, found one that {refusal.found}")
         self.base_layer = base_layer
-        shape = base_layer.weight.shape
-        self.out_features, self.in_features = reversed(shape) if self.fan_in_fan_out else shape
+        self.in_features, self.out_features = self._features(base_layer)
         self.lora_A, self.lora_E, self.lora_B = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.ranknum: dict[str, int] = {}
         """Rank of each adapter at its creation."""
@@ -55,9 +79,27 @@ class SVDLinear(nn.Module):
         self.merged_adapters: list[str] = []
         """Which adapters the base weight contains."""
         self.disable_adapters = False
-        self.shared_input: SharedInput | None = None
         # The base weight as it was before merging.
         self.register_buffer("_unmerged_weight", None, persistent=False)
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> Refusal | None:
+        """Why a layer cannot be adapted; None: it can."""
+        if not isinstance(base_layer, cls.base_types):
+            names = " or ".join(f"torch.nn.{kind.__name__}" for kind in cls.base_types)
+            return Refusal(f"a {names}", f"is of type {type(base_layer).__name__}")
+        return _weight_refusal(base_layer.weight)
+
+    @classmethod
+    def _features(cls, base_layer: nn.Module) -> tuple[int, int]:
+        """Columns of A and rows of B."""
+        out, *rest = base_layer.weight.shape
+        return math.prod(rest), out
+
+    @classmethod
+    def _forward_is_known(cls, base_layer: nn.Module) -> bool:
+        """Whether the weight does in a base layer what it does in those of its type."""
+        return True
 
     def add_adapter(
         self,
@@ -78,13 +120,13 @@ class SVDLinear(nn.Module):
             lora_alpha: numerator of the scaling; 0 stands for `r`.
             lora_dropout: probability with which an element of the adapter's input is dropped.
             init_lora_weights: False: all three are standard normal, so that the adapter changes the output at once.
-            dtype: element type; None: the base weight's.
-            device: None: the base weight's.
+            dtype: element type; None: as `placement` says.
+            device: None: likewise.
 
         """
-        weight = self.base_layer.weight
+        usual = self.placement()
         empty = lambda *shape: torch.empty(  # noqa: E731
-            shape, dtype=weight.dtype if dtype is None else dtype, device=weight.device if device is None else device
+            shape, dtype=usual[0] if dtype is None else dtype, device=usual[1] if device is None else device
         )
         A, E, B = empty(r, self.in_features), empty(r, 1), empty(self.out_features, r)
         deviation = 0.02 if init_lora_weights else 1.0
@@ -119,15 +161,228 @@ class SVDLinear(nn.Module):
         r, alpha = self.ranknum[adapter_name], self.lora_alpha[adapter_name]
         return (alpha if alpha > 0 else r) / (r + 1e-5)
 
+    def placement(self) -> tuple[torch.dtype, torch.device]:
+        """Type and device of the base weight: an adapter's, unless told otherwise. For a quantised base float32."""
+        weight = self.weight
+        if weight is not None and weight.is_floating_point():
+            return weight.dtype, weight.device
+        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers(), torch.empty(0))
+        return torch.float32, tensors[0].device
+
     @property
-    def weight(self) -> Tensor:
-        """The base layer's weight."""
-        return self.base_layer.weight
+    def weight(self) -> Tensor | None:
+        """The base layer's weight; None where it shows none."""
+        weight = getattr(self.base_layer, "weight", None)
+        return weight if isinstance(weight, Tensor) else None
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        return self.base_layer.bias
+        bias = getattr(self.base_layer, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, and what the active adapters add to it."""
+        y = self.base_layer(x, *args, **kwargs)
+        added = self._added()
+        in_place = bool(added) and self._base_is_plain() and self._may_overwrite(y)
+        for adapter_name in added:
+            y = self._add(adapter_name, x, y, self.lora_dropout[adapter_name] if self.training else 0.0, in_place)
+        return y
+
+    def _add(self, adapter_name: str, x: Tensor, y: Tensor, lora_dropout: float, in_place: bool) -> Tensor:
+        """The base layer's output with what an adapter adds to it."""
+        raise NotImplementedError
+
+    def _added(self) -> list[str]:
+        """The adapters that the forward pass adds: the active ones that the base weight does not contain."""
+        if self.disable_adapters:
+            return []
+        if not self.merged_adapters:
+            return self.active_adapters
+        return [name for name in self.active_adapters if name not in self.merged_adapters]
+
+    def _base_is_plain(self) -> bool:
+        """Whether the base layer does what its class does, and nobody watches it."""
+        base = self._modules["base_layer"]
+        watched = (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or nn.modules.module._has_any_global_hook()
+        )
+        return type(base) in self.base_types and "forward" not in base.__dict__ and not watched
+
+    @staticmethod
+    def _may_overwrite(y: Tensor) -> bool:
+        """Whether nobody but us can hold a plain base layer's y."""
+        own = y.is_contiguous() and not y._is_view() and not (y.requires_grad and y.is_leaf)
+        # A mode that sees every operator may keep its output.
+        return own and torch._C._len_torch_dispatch_stack() == 0
+
+    # Merging
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """`scaling * B diag(E) A` in the layout of the base weight and the type of the parameters (PEFT's method)."""
+        A = self.lora_A[adapter_name]
+        delta = torch.empty(self._weight_shape(), dtype=A.dtype, device=A.device)
+        self._native(adapter_name).delta_weight(
+            self._contiguous(adapter_name),
+            delta.flatten(1),
+            scaling=self.scaling(adapter_name),
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
+        return delta
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        weight = self.weight
+        whole = weight is not None and weight.numel() == self.in_features * self.out_features
+        return tuple(weight.shape) if whole else (self.out_features, self.in_features)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, backup: bool = True) -> None:
+        """Add adapters to the base weight, so that the forward pass costs what the base layer costs.
+
+        Active adapters that are not merged go on beside; merged ones get no gradient.
+
+        Args:
+            safe_merge: look whether the result is finite, and change nothing where it is not.
+            adapter_names: which; None: the active ones.
+            backup: keep the base weight as it was, so that `unmerge` restores it exactly; otherwise `unmerge`
+                subtracts.
+
+        Raises:
+            InvalidArgumentError: with `safe_merge`, a merged element is not finite.
+
+        """
+        merged = self.merged_weight(adapter_names, safe_merge)
+        weight = self.base_layer.weight
+        if backup and not self.merged_adapters:
+            self._unmerged_weight = weight.detach().clone()
+        weight.copy_(merged)
+        self.merged_adapters += self._to_merge(adapter_names)
+
+    def merged_weight(self, adapter_names: Sequence[str] | None = None, finite: bool = False) -> Tensor:
+        """What the base weight becomes by merging, as a new tensor.
+
+        Args:
+            adapter_names: which adapters; None: the active ones. Those that are merged already are not added again.
+            finite: whether a result that is not finite is an error.
+
+        """
+        weight = self._mergeable_weight().detach().clone(memory_format=torch.contiguous_format)
+        non_finite = torch.zeros(1, dtype=torch.float32, device=weight.device) if finite else None
+        names = self._to_merge(adapter_names)
+        for name in names:
+            self._native(name).merge(
+                self._contiguous(name),
+                weight.flatten(1),
+                non_finite=non_finite,
+                scaling=self.scaling(name),
+                fan_in_fan_out=self.fan_in_fan_out,
+            )
+        if non_finite is not None and non_finite.item():
+            raise InvalidArgumentError(f"merge: expected a finite weight, found others after adding {', '.join(names)}")
+        return weight
+
+    def _mergeable_weight(self) -> Tensor:
+        base, weight = self.base_layer, self.weight
+        if not self._forward_is_known(base):
+            found = "whose forward is its own"
+        elif weight is None or not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
+            found = f"whose weight is a {type(weight).__name__} of {getattr(weight, 'dtype', None)}"
+        elif "weight" not in base._parameters:
+            found = "whose weight is computed"
+        else:
+            return weight
+        raise UnsupportedError(
+            "merge: expected a base layer of a known type with a floating-point weight that is a parameter, found "
+            f"{type(base).__name__}, {found}"
+        )
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if name in self.lora_A and name not in self.merged_adapters]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again: exactly, where `merge` kept it."""
+        if not self.merged_adapters:
+            return
+        weight = self.base_layer.weight
+        if self._unmerged_weight is not None:
+            weight.copy_(self._unmerged_weight)
+            self._unmerged_weight = None
+        else:
+            unmerged = weight.detach().clone(memory_format=torch.contiguous_format)
+            for name in reversed(self.merged_adapters):
+                self._native(name).unmerge(
+                    self._contiguous(name),
+                    unmerged.flatten(1),
+                    scaling=self.scaling(name),
+                    fan_in_fan_out=self.fan_in_fan_out,
+                )
+            weight.copy_(unmerged)
+        self.merged_adapters = []
+
+    def _native(self, adapter_name: str) -> Any:
+        A = self.lora_A[adapter_name]
+        return native_adapter(
+            context(A.device), self.in_features, self.out_features, self.ranknum[adapter_name], A.dtype, A.dtype
+        )
+
+    def _contiguous(self, adapter_name: str) -> Triplets:
+        return Triplets(*(p.detach().contiguous() for p in self.triplets(adapter_name)))
+
+    def extra_repr(self) -> str:
+        """Each adapter with its rank, scaling and dropout."""
+        return ", ".join(
+            f"{name}(r={r}, scaling={self.scaling(name):.4g}, lora_dropout={self.lora_dropout[name]})"
+            for name, r in self.ranknum.items()
+        )
+
+
+class SVDLinear(SVDLayer):
+    """A frozen linear layer and its adapters: `base_layer(x) + scaling * dropout(x) A^T diag(E) B^T` (PEFT's class).
+
+    Args:
+        base_layer: a `torch.nn.Linear`, transformers' `Conv1D`, or any other module that maps `in_features` to
+            `out_features`, such as a quantised layer: only its output is used, and where it has no floating-point
+            weight, its adapters cannot be merged.
+
+    """
+
+    base_types = (nn.Linear,)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        self.shared_input: SharedInput | None = None
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> Refusal | None:
+        """Why a layer cannot be adapted; None: it can."""
+        if type(base_layer) is nn.Linear or is_conv1d(base_layer) or is_lazy(getattr(base_layer, "weight", None)):
+            return _weight_refusal(base_layer.weight)
+        sizes = [getattr(base_layer, name, None) for name in ("in_features", "out_features")]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            return Refusal(
+                "a torch.nn.Linear, transformers' Conv1D or another layer with in_features and out_features",
+                f"is of type {type(base_layer).__name__}",
+            )
+        return None
+
+    @classmethod
+    def _features(cls, base_layer: nn.Module) -> tuple[int, int]:
+        if not cls._forward_is_known(base_layer) or not base_layer.weight.is_floating_point():
+            return base_layer.in_features, base_layer.out_features
+        first, second = base_layer.weight.shape
+        return (first, second) if is_conv1d(base_layer) else (second, first)
+
+    @classmethod
+    def _forward_is_known(cls, base_layer: nn.Module) -> bool:
+        return isinstance(base_layer, cls.base_types) or is_conv1d(base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, and what the active adapters add to it."""
@@ -173,14 +428,6 @@ class SVDLinear(nn.Module):
             weights = [None] * len(layers)
         return outputs
 
-    def _added(self) -> list[str]:
-        """The adapters that the forward pass adds: the active ones that the base weight does not contain."""
-        if self.disable_adapters:
-            return []
-        if not self.merged_adapters:
-            return self.active_adapters
-        return [name for name in self.active_adapters if name not in self.merged_adapters]
-
     def _plain_weight(self, x: Tensor) -> Tensor | None:
         """A plain base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
         parameters = self._modules["base_layer"]._parameters
@@ -193,130 +440,6 @@ class SVDLinear(nn.Module):
             and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
         )
         return weight if frozen else None
-
-    def _base_is_plain(self) -> bool:
-        """Whether the base layer does what its class does, and nobody watches it."""
-        base = self._modules["base_layer"]
-        watched = (
-            base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-            or nn.modules.module._has_any_global_hook()
-        )
-        return type(base) is nn.Linear and "forward" not in base.__dict__ and not watched
-
-    @staticmethod
-    def _may_overwrite(y: Tensor) -> bool:
-        """Whether nobody but us can hold a plain base layer's y."""
-        own = y.is_contiguous() and not y._is_view() and not (y.requires_grad and y.is_leaf)
-        # A mode that sees every operator may keep its output.
-        return own and torch._C._len_torch_dispatch_stack() == 0
-
-    # Merging
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`scaling * B diag(E) A` in the layout of the base weight and the type of the parameters (PEFT's method)."""
-        A = self.lora_A[adapter_name]
-        delta = torch.empty(self.base_layer.weight.shape, dtype=A.dtype, device=A.device)
-        self._native(adapter_name).delta_weight(
-            self._contiguous(adapter_name),
-            delta,
-            scaling=self.scaling(adapter_name),
-            fan_in_fan_out=self.fan_in_fan_out,
-        )
-        return delta
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, backup: bool = True) -> None:
-        """Add adapters to the base weight, so that the forward pass costs what the base layer costs.
-
-        Active adapters that are not merged go on beside; merged ones get no gradient.
-
-        Args:
-            safe_merge: look whether the result is finite, and change nothing where it is not.
-            adapter_names: which; None: the active ones.
-            backup: keep the base weight as it was, so that `unmerge` restores it exactly; otherwise `unmerge`
-                subtracts.
-
-        Raises:
-            InvalidArgumentError: with `safe_merge`, a merged element is not finite.
-
-        """
-        if "weight" not in self.base_layer._parameters:
-            raise UnsupportedError(
-                "merge: expected a base layer whose weight is a parameter of its own, found one that is computed"
-            )
-        merged = self.merged_weight(adapter_names, safe_merge)
-        weight = self.base_layer.weight
-        if backup and not self.merged_adapters:
-            self._unmerged_weight = weight.detach().clone()
-        weight.copy_(merged)
-        self.merged_adapters += self._to_merge(adapter_names)
-
-    def merged_weight(self, adapter_names: Sequence[str] | None = None, finite: bool = False) -> Tensor:
-        """What the base weight becomes by merging, as a new tensor.
-
-        Args:
-            adapter_names: which adapters; None: the active ones. Those that are merged already are not added again.
-            finite: whether a result that is not finite is an error.
-
-        """
-        weight = self.base_layer.weight.detach().clone(memory_format=torch.contiguous_format)
-        non_finite = torch.zeros(1, dtype=torch.float32, device=weight.device) if finite else None
-        names = self._to_merge(adapter_names)
-        for name in names:
-            self._native(name).merge(
-                self._contiguous(name),
-                weight,
-                non_finite=non_finite,
-                scaling=self.scaling(name),
-                fan_in_fan_out=self.fan_in_fan_out,
-            )
-        if non_finite is not None and non_finite.item():
-            raise InvalidArgumentError(f"merge: expected a finite weight, found others after adding {', '.join(names)}")
-        return weight
-
-    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        names = self.active_adapters if adapter_names is None else adapter_names
-        return [name for name in names if name in self.lora_A and name not in self.merged_adapters]
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight again: exactly, where `merge` kept it."""
-        if not self.merged_adapters:
-            return
-        weight = self.base_layer.weight
-        if self._unmerged_weight is not None:
-            weight.copy_(self._unmerged_weight)
-            self._unmerged_weight = None
-        else:
-            unmerged = weight.detach().clone(memory_format=torch.contiguous_format)
-            for name in reversed(self.merged_adapters):
-                self._native(name).unmerge(
-                    self._contiguous(name),
-                    unmerged,
-                    scaling=self.scaling(name),
-                    fan_in_fan_out=self.fan_in_fan_out,
-                )
-            weight.copy_(unmerged)
-        self.merged_adapters = []
-
-    def _native(self, adapter_name: str) -> Any:
-        A = self.lora_A[adapter_name]
-        return native_adapter(
-            context(A.device), self.in_features, self.out_features, self.ranknum[adapter_name], A.dtype, A.dtype
-        )
-
-    def _contiguous(self, adapter_name: str) -> Triplets:
-        return Triplets(*(p.detach().contiguous() for p in self.triplets(adapter_name)))
-
-    def extra_repr(self) -> str:
-        """Each adapter with its rank, scaling and dropout."""
-        return ", ".join(
-            f"{name}(r={r}, scaling={self.scaling(name):.4g}, lora_dropout={self.lora_dropout[name]})"
-            for name, r in self.ranknum.items()
-        )
 
 
 class _Waiting(NamedTuple):

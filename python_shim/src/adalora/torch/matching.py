@@ -9,11 +9,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any, NoReturn
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ..errors import InvalidArgumentError
 from .config import TASK_HEADS, AdaLoraConfig
-from .layers import SVDLinear, is_conv1d
+from .convolution import SVDConv1d, SVDConv2d
+from .embedding import SVDEmbedding
+from .layers import SVDLayer, SVDLinear, is_conv1d
 
 # What is targeted in models of a known type where the configuration does not say, as in PEFT: names, or one expression.
 _QUERY_VALUE = ("q_proj", "v_proj")
@@ -46,13 +47,14 @@ _USUAL_TARGETS: dict[str, tuple[str, ...] | str] = {
 # The kernels of these models read the weights of these modules and never call them.
 _MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _READ_BY_MAMBA = ("conv1d", "out_proj")
+_KINDS = (SVDLinear, SVDConv2d, SVDConv1d, SVDEmbedding)
 
 
 def matching_modules(model: nn.Module, config: AdaLoraConfig) -> dict[str, nn.Module]:
     """The modules that a configuration targets, by path, in the model's order.
 
-    A match is a `torch.nn.Linear`, a `Conv1D` of transformers, or an `SVDLinear` that gets a further adapter; what an
-    `SVDLinear` is made of never matches. Heads that the task type says are trained whole do not either.
+    A match is a layer that `svd_layer` can wrap, or an `SVDLayer` that gets a further adapter; what an `SVDLayer` is
+    made of never matches. Heads that the task type says are trained whole do not either.
 
     "all-linear" is every linear layer but the output embeddings, and nothing else. (In PEFT it becomes a list of names,
     which by their ends can mean other modules too.)
@@ -93,13 +95,27 @@ def matching_modules(model: nn.Module, config: AdaLoraConfig) -> dict[str, nn.Mo
     return matched
 
 
+def svd_layer(module: nn.Module) -> SVDLayer:
+    """A layer around a module, of the kind that its type needs; an `SVDLayer` as it is.
+
+    Raises:
+        InvalidArgumentError: the module is of a type that cannot be adapted.
+
+    """
+    return module if isinstance(module, SVDLayer) else _kind(module)(module)
+
+
+def _kind(module: nn.Module) -> type[SVDLayer]:
+    return next((kind for kind in _KINDS if isinstance(module, kind.base_types)), SVDLinear)
+
+
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules but the model itself and what SVDLinear modules are made of."""
+    """All modules but the model itself and what adapted layers are made of."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path and not path.startswith(inside):
             yield path, module
-            if isinstance(module, SVDLinear):
+            if isinstance(module, SVDLayer):
                 inside = (f"{path}.",)
 
 
@@ -180,23 +196,21 @@ def _ends(path: str) -> Iterator[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | SVDLinear) or is_conv1d(module)
+    base = _base(module)
+    return isinstance(base, nn.Linear) or is_conv1d(base)
 
 
 def _base(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, SVDLinear) else module
+    return module.base_layer if isinstance(module, SVDLayer) else module
 
 
 def _check_adaptable(path: str, module: nn.Module, model: nn.Module) -> None:
-    if not _is_linear(module):
+    kind = _kind(module)
+    refusal = None if isinstance(module, SVDLayer) else kind.refusal(module)
+    if refusal is not None:
+        others = "" if isinstance(module, kind.base_types) else ", or a torch.nn.Conv2d, Conv1d or Embedding"
         raise InvalidArgumentError(
-            f"target_modules: expected modules of type torch.nn.Linear or transformers' Conv1D, found {path}, which is "
-            f"of type {type(module).__name__}"
-        )
-    if is_lazy(module.weight) or not module.weight.is_floating_point():
-        found = "has no weight yet" if is_lazy(module.weight) else f"holds {module.weight.dtype}"
-        raise InvalidArgumentError(
-            f"target_modules: expected modules with a floating-point weight, found {path}, which {found}"
+            f"target_modules: expected {refusal.expected}{others}, found {path}, which {refusal.found}"
         )
     model_type = _model_type(model)
     if model_type in _MAMBA and path.rpartition(".")[2] in _READ_BY_MAMBA:
@@ -246,7 +260,7 @@ def _without_effect(
             yield f"target_modules: no module of the model has a name like {_few(unknown)}"
     if config.exclude_modules and not any(_is_excluded(path, config, ()) for path in modules):
         yield f"exclude_modules: no module of the model matches {_few(config.exclude_modules)}"
-    linear = [path for path, module in matched.items() if not is_conv1d(_base(module))]
+    linear = [path for path, module in matched.items() if isinstance(_base(module), nn.Linear)]
     if config.fan_in_fan_out and linear:
         yield f"fan_in_fan_out: found True, but {linear[0]} is a torch.nn.Linear, and adapted as one"
 
@@ -256,7 +270,8 @@ def _without_effect(
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
     for path, module in matched.items():
-        others = [each for each in owners.get(id(_base(module).weight), ()) if each not in (path, f"{path}.base_layer")]
+        weight = getattr(_base(module), "weight", None)
+        others = [each for each in owners.get(id(weight), ()) if each not in (path, f"{path}.base_layer")]
         if others:
             yield f"{path}: shares its weight with {others[0]}, where the adapter does not act, but merging it does"
         parent = model.get_submodule(path.rpartition(".")[0])

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..errors import InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
-from .layers import SharedInput, SVDLinear
-from .matching import matching_modules
+from .layers import SharedInput, SVDLayer, SVDLinear
+from .matching import matching_modules, svd_layer
 
 SHARED_INPUTS = (
     ("query", "key", "value"),
@@ -33,7 +33,7 @@ def adapt(
 ) -> nn.Module:
     """Put an adapter on every module of a model that the configuration targets, and freeze the rest.
 
-    The model is changed in place: each target becomes the `base_layer` of an `SVDLinear`. The first adapter is active
+    The model is changed in place: each target becomes the `base_layer` of an `SVDLayer`. The first adapter is active
     at once; further ones wait for `set_adapter`. One adapter at most may be trained: the others need
     `inference_mode`. Biases and modules that are trained whole exist once, and so go with a model's first adapter
     alone. Siblings that usually read the same input (query, key and value; gate and up) are computed together, see
@@ -85,13 +85,13 @@ def adapt(
             f"config: expected a further adapter alone, found one with {what} trained whole: a model has one copy, "
             f"which {next(iter(configs))!r} uses too; put it on another model"
         )
-    wrapped = {path: module if isinstance(module, SVDLinear) else SVDLinear(module) for path, module in targets.items()}
+    wrapped = {path: svd_layer(module) for path, module in targets.items()}
     _refuse_merged(path for path, layer in wrapped.items() if layer.merged_adapters)
 
     if not configs:
         model.requires_grad_(False)
     for path, layer in wrapped.items():
-        dtype = layer.base_layer.weight.dtype
+        dtype, _ = layer.placement()
         if autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
         layer.add_adapter(
@@ -125,7 +125,7 @@ def _refuse_merged(paths: Iterable[str]) -> None:
         )
 
 
-def _train_beside(model: nn.Module, bias: str, layers: dict[str, SVDLinear], saved: dict[str, nn.Module]) -> None:
+def _train_beside(model: nn.Module, bias: str, layers: dict[str, SVDLayer], saved: dict[str, nn.Module]) -> None:
     """What is trained beside the adapters: biases and whole modules."""
     if bias == "all":
         for name, p in model.named_parameters():
@@ -175,7 +175,7 @@ def share_input(layers: Sequence[SVDLinear]) -> None:
             layer.shared_input = shared
 
 
-def named_adapters(model: nn.Module, adapter_name: str | None = "default") -> dict[str, SVDLinear]:
+def named_adapters(model: nn.Module, adapter_name: str | None = "default") -> dict[str, SVDLayer]:
     """The layers that have an adapter, by path, in the model's order.
 
     Args:
@@ -186,7 +186,7 @@ def named_adapters(model: nn.Module, adapter_name: str | None = "default") -> di
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, SVDLinear) and (adapter_name is None or adapter_name in module.lora_A)
+        if isinstance(module, SVDLayer) and (adapter_name is None or adapter_name in module.lora_A)
     }
 
 
@@ -327,8 +327,8 @@ def _bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _restore(model: nn.Module, path: str, layer: SVDLinear) -> None:
-    if layer.shared_input is not None:
+def _restore(model: nn.Module, path: str, layer: SVDLayer) -> None:
+    if isinstance(layer, SVDLinear) and layer.shared_input is not None:
         layer.shared_input.separate()
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer.base_layer)
