@@ -254,14 +254,25 @@ class SVDLayer(nn.Module):
 
         Raises:
             InvalidArgumentError: with `safe_merge`, a merged element is not finite.
+            UnsupportedError: the base layer is quantised, computes its weight, or is of an unknown type.
 
         """
-        merged = self.merged_weight(adapter_names, safe_merge)
+        names = self._to_merge(adapter_names)
+        if not names:
+            return
+        merged = self.merged_weight(names, safe_merge)
         weight = self.base_layer.weight
         if backup and not self.merged_adapters:
             self._unmerged_weight = weight.detach().clone()
         weight.copy_(merged)
-        self.merged_adapters += self._to_merge(adapter_names)
+        self.merged_adapters += names
+
+    def check_merge(self, adapter_names: Sequence[str] | None = None, finite: bool = False) -> None:
+        """Raise what `merge` would raise."""
+        if self._to_merge(adapter_names):
+            self._mergeable_weight()
+            if finite:
+                self.merged_weight(adapter_names, finite)
 
     def merged_weight(self, adapter_names: Sequence[str] | None = None, finite: bool = False) -> Tensor:
         """What the base weight becomes by merging, as a new tensor.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..errors import InvalidArgumentError, InvalidStateError
+from ..errors import AdaLoRAError, InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
 from .layers import SharedInput, SVDLayer, SVDLinear
 from .matching import matching_modules, svd_layer
@@ -265,17 +265,17 @@ def merge(
 
     Raises:
         InvalidArgumentError: with `safe_merge`, a merged weight is not finite: the layer is named.
+        UnsupportedError: a layer is quantised, computes its weight, or is of an unknown type: it is named.
 
     """
     for name in adapter_names or ():
         get_config(model, name)
     layers = named_adapters(model, None)
-    if safe_merge:
-        for path, layer in layers.items():
-            try:
-                layer.merged_weight(adapter_names, safe_merge)
-            except InvalidArgumentError as error:
-                raise InvalidArgumentError(f"{path}: {error}") from None
+    for path, layer in layers.items():
+        try:
+            layer.check_merge(adapter_names, safe_merge)
+        except AdaLoRAError as error:
+            raise type(error)(f"{path}: {error}") from None
     for layer in layers.values():
         layer.merge(adapter_names=adapter_names, backup=backup)
 
