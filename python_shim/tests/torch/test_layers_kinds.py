@@ -1,5 +1,4 @@
-"""All kinds of layers in one model: convolutions, an embedding, linear layers, and one of which the output alone is
-known."""
+"""All kinds of layers in one model, one of them a layer of which the output alone is known."""
 
 from __future__ import annotations
 
