@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import adalora
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -43,3 +45,13 @@ def test_torch_example(library: adalora.Library, tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "lightning"])
+def test_trainers_examples(trainer: str, library: adalora.Library, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
+    (example,) = (block for block in blocks if f"from adalora.torch.{trainer} import" in block)
+    (tmp_path / "example.py").write_text(example)
+    ranks = eval(run(tmp_path / "example.py", library, tmp_path)[-1])
+    assert sum(ranks.values()) == 3 * len(ranks)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -62,7 +62,6 @@ def test_values_are_kept():
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        (dict(total_step=None), "total_step"),
         (dict(total_step=0), "total_step"),
         (dict(total_step=-1), "total_step"),
         (dict(orth_reg_weight=-0.1), "orth_reg_weight"),
@@ -146,13 +145,11 @@ def test_what_is_legal():
         AdaLoraConfig(**{"total_step": 100, **options})
 
 
-def test_the_schedule_is_for_training():
-    config = AdaLoraConfig(inference_mode=True)
+def test_the_number_of_steps_may_come_later():
+    config = AdaLoraConfig(tinit=5)
     assert config.total_step is None
-    with pytest.raises(adalora.InvalidArgumentError, match=r"^tinit"):
-        AdaLoraConfig(inference_mode=True, total_step=5, tinit=5)
-    config.inference_mode = False
-    with pytest.raises(adalora.InvalidArgumentError, match=r"^total_step"):
+    config.total_step = 5
+    with pytest.raises(adalora.InvalidArgumentError, match=r"^tinit: expected less than total_step - tfinal, 5"):
         config.check()
 
 

@@ -72,8 +72,8 @@ class AdaLoraConfig:
         beta2: decay of the average of its uncertainty.
         orth_reg_weight: weight of the orthogonality penalty.
         total_step: number of the optimiser's steps (not of micro-batches) in the run; a shorter one ends above the
-            target, unless `RankAllocator.finalize` is called. Needed for training; with `inference_mode` it may be
-            None, but PEFT does not read such a configuration.
+            target, unless `RankAllocator.finalize` is called. None where a trainer's callback is to set it: a
+            `RankAllocator` needs it, and PEFT does not read a configuration without it.
         rank_pattern: which triplets of each layer PEFT kept in a file, as a list of bool by the name of its `lora_E`.
             Read when an adapter is loaded, else not used: `RankAllocator.rank_pattern` has a run's.
         target_modules: which modules: a list of names, each a whole path or its end from a dot on; a regular expression
@@ -152,8 +152,6 @@ class AdaLoraConfig:
         self._integer("deltaT", 1)
         if self.total_step is not None:
             self._integer("total_step", 1)
-        elif not self.inference_mode:
-            _refuse("total_step", "the number of training steps (or inference_mode=True)", None)
         for name in ("beta1", "beta2"):
             self._number(name, "a number above 0 and below 1", lambda value: 0 < value < 1)
         self._number("lora_dropout", "a number from 0 to below 1", lambda value: 0 <= value < 1)

@@ -30,9 +30,17 @@ class OptimizerSteps:
 
     def __init__(self, parameters: Callable[[], list[nn.Parameter]]) -> None:
         self._parameters = WeakMethod(parameters)
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count."""
         self.forget()
         _register_hooks()
         _counting.add(self)
+
+    def stop(self) -> None:
+        """Count no more, for an allocator that gives way to another one."""
+        _counting.discard(self)
 
     def forget(self) -> None:
         """Begin anew, as where a run is restored."""

@@ -1,0 +1,146 @@
+"""What the callbacks for trainers share: one run, from the trainer's first step to its last."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from ..errors import InvalidArgumentError, InvalidStateError
+from .allocator import RankAllocator
+from .model import get_config
+from .optim import AdamW
+
+
+class Run:
+    """A trainer's run: its allocator, and whose work what is.
+
+    Args:
+        model: has adapters, or a part of it has.
+        optimizer: the trainer's, without what a trainer wraps around it.
+        adapter_name: which adapter is trained.
+        total_step: how many steps the optimiser will take; None: the trainer does not know.
+        allocator: the caller's own; None: the one of the optimiser, else a new one.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        adapter_name: str,
+        total_step: int | None,
+        allocator: RankAllocator | None,
+    ) -> None:
+        owner = _adapted(model, adapter_name)
+        self.config = get_config(owner, adapter_name)
+        self.optimizer = optimizer if isinstance(optimizer, AdamW) else None
+        """`adalora.torch.AdamW`, whose step does the allocator's work; None: another optimiser."""
+        if self.optimizer is not None:
+            if allocator not in (None, self.optimizer.allocator):
+                raise InvalidArgumentError("allocator: expected the one of the AdamW or None, found another one")
+            allocator = self.optimizer.allocator
+        self._set_total_step(total_step)
+        self.allocator = RankAllocator(owner, adapter_name) if allocator is None else allocator
+        self.allocator.optimizer_steps.start()
+        if self.allocator.config is not self.config:
+            raise InvalidArgumentError(
+                f"allocator: expected one over the adapter {adapter_name!r} of the trainer's model, found another's"
+            )
+        if not self.allocator.optimizer_steps.watch(optimizer):
+            raise InvalidArgumentError(
+                f"optimizer: expected one that has the parameters of the adapter {adapter_name!r}, found "
+                f"{type(optimizer).__name__} without them: put the adapter on before the optimiser is made"
+            )
+        self.penalty: float | None = None
+        """The orthogonality penalty at the last step."""
+
+    def _set_total_step(self, total_step: int | None) -> None:
+        self._sets_total_step = self.config.total_step is None
+        if self._sets_total_step:
+            if total_step is None:
+                raise InvalidArgumentError(
+                    "config.total_step: expected the number of steps, since the trainer sets no end, found None"
+                )
+            self.config.total_step = total_step
+            try:
+                self.config.check()
+            except InvalidArgumentError:
+                self.config.total_step = None
+                raise
+        elif total_step not in (None, self.config.total_step):
+            raise InvalidArgumentError(
+                f"config.total_step: expected the trainer's number of optimiser steps, {total_step}, or None, found "
+                f"{self.config.total_step}"
+            )
+
+    def begin(self, step: int) -> None:
+        """Begin before the step of that number: a new run before 0, else one that was restored."""
+        standing = self.allocator.standing()
+        if step == 0 and standing.last_step >= 0:
+            self.allocator.reset()
+            if self.optimizer is not None:
+                self.optimizer.global_step = 0
+        elif step > 0 and standing.last_step != step - 1:
+            raise InvalidStateError(
+                f"checkpoint: expected the allocator's state after step {step - 1}, found "
+                + (f"that after step {standing.last_step}" if standing.last_step >= 0 else "none")
+                + ": was it saved by a run with this callback?"
+            )
+
+    def add_penalty(self, loss_scale: float = 1.0) -> None:
+        """Add the penalty's gradient: after the last backward pass of a step, before clipping."""
+        if any(p.grad is not None for p in self.allocator.parameters()):
+            self.penalty = self.allocator.orthogonality(loss_scale=loss_scale)
+
+    def follow(self, step: int) -> None:
+        """Do the allocator's work after the optimiser's step, before its gradients are zeroed."""
+        allocator = self.allocator
+        if self.optimizer is None:
+            if any(p.grad is not None for p in allocator.parameters()):
+                allocator.update_and_allocate(step)
+            else:
+                # A batch that had no loss.
+                allocator.optimizer_steps.follow()
+        elif self.optimizer.global_step != step + 1:
+            raise InvalidStateError(
+                f"AdamW.global_step: expected {step + 1} after the trainer's step {step}, found "
+                f"{self.optimizer.global_step}: somebody else steps the optimiser, or sets its number"
+            )
+        # Without tfinal there is no step after the budget phase.
+        if step == self.config.total_step - 1 and not allocator.standing().is_final:
+            allocator.finalize()
+
+    def end(self, reason: str) -> None:
+        """Warn where the ranks that are left are not the final ones."""
+        standing = self.allocator.standing()
+        if not standing.is_final:
+            warnings.warn(
+                f"RankAllocator: expected the last mask at step {self.config.total_step - self.config.tfinal}, found "
+                f"{reason} {standing.last_step}, with {standing.live_triplets} triplets: allocator.finalize() takes it",
+                stacklevel=2,
+            )
+
+    def logs(self) -> dict[str, float]:
+        """Where the run stands, for logs."""
+        standing = self.allocator.standing()
+        logs = {"adalora_budget": standing.budget, "adalora_ranks": standing.live_triplets}
+        return logs if self.penalty is None else {**logs, "adalora_penalty": self.penalty}
+
+    def close(self) -> None:
+        """Make room for another run of the model."""
+        self.allocator.optimizer_steps.stop()
+        if self._sets_total_step:
+            self.config.total_step = None
+
+
+def _adapted(model: nn.Module, adapter_name: str) -> nn.Module:
+    """The module that `adapt` was called for."""
+    found = [each for each in model.modules() if adapter_name in getattr(each, "adalora_config", ())]
+    if len(found) != 1:
+        raise InvalidArgumentError(
+            f"model: expected one module with the adapter {adapter_name!r} in the trainer's model, found {len(found)}: "
+            "call adapt before training"
+        )
+    return found[0]
