@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from adalora import InvalidArgumentError, Standing
 from adalora.report import Summary, page, picture, text
-from adalora.report.axis import decades, shade, thinned, ticks, with_room
+from adalora.report.axis import between, decades, shade, thinned, ticks, with_room
 from adalora.report.table import arrange
 from adalora.torch import (
     AdaLoraConfig,
@@ -326,7 +326,13 @@ def test_shades_thinning_and_labels():
     assert decades([3e-7, 0.0, 2e-3]) == (-7, -2)
     assert decades([0.0]) is None
     assert decades([1e-5]) == (-5, -4)
-    assert with_room([(0, "ab"), (2, "cd"), (3, "ef"), (10, "g")], 1) == [(0, "ab"), (3, "ef"), (10, "g")]
+    assert decades([1e-40, 3e-3]) == (-14, -2)
+    assert between(-14, -2) == [-14, -12, -10, -8, -6, -4, -2]
+    assert between(-5, -4) == [-5, -4]
+    labels = [(0, "ab"), (2, "cd"), (4, "ef"), (6, "gh")]
+    assert with_room(labels, 0.6) == labels
+    assert with_room(labels, 1) == [(0, "ab"), (4, "ef")]
+    assert with_room(labels, 9) == labels[:1] == with_room(labels[:1], 9)
 
 
 # Forms
@@ -366,7 +372,7 @@ MODELS = {
     "36": [f"bert.layer.{i}.{m}" for i in range(6) for m in ("query", "key", "value", "attn.out", "inner", "out")],
     "224": [f"model.layers.{i}.{m}_proj" for i in range(32) for m in ("q", "k", "v", "o", "gate", "up", "down")],
     "1": ["score"],
-    "names to escape": ["<b>.0.&amp", "<b>.1.&amp", '"><script>alert(1)</script>.0.x', "plain<i>"],
+    "names to escape": ["<b>.0.&amp", "<b>.1.&amp", '"><script>alert(1)</script>.0.x', "plain<i>", "$\\frac$"],
 }
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 T = TypeVar("T")
 
+# Powers of ten that a chart of scores shows; lower ones are "less".
+MOST_DECADES = 12
 # Shades from the lowest rank above 0 to the highest; 0 has one of its own.
 SHADES = 8
 
@@ -36,26 +39,30 @@ def thinned(values: Sequence[T], most: int) -> list[T]:
 
 
 def decades(scores: Sequence[float]) -> tuple[int, int] | None:
-    """The powers of ten around positive scores; None where there are none."""
+    """The powers of ten around positive scores, the upper ones where there are many; None where none is positive."""
     positive = [score for score in scores if score > 0]
     if not positive:
         return None
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-    return low, max(high, low + 1)
+    high = max(high, low + 1)
+    return max(low, high - MOST_DECADES), high
 
 
-def with_room(labels: Sequence[tuple[float, str]], character: float) -> list[tuple[float, str]]:
-    """The labels, from the left, that do not run into those before.
+def between(low: int, high: int) -> list[int]:
+    """Some powers of ten, evenly."""
+    return list(range(low, high + 1, math.ceil((high - low) / 6)))
+
+
+def with_room(labels: Sequence[tuple[float, str]], character: float) -> Sequence[tuple[float, str]]:
+    """Every label, or every second one and so on, so that none runs into another.
 
     Args:
         labels: middles and texts, from left to right.
         character: width of a character, in the middles' unit.
 
     """
-    chosen, room = [], -math.inf
-    for middle, text in labels:
-        half = (len(text) + 1) * character / 2
-        if middle - half >= room:
-            chosen.append((middle, text))
-            room = middle + half
-    return chosen
+    for every in range(1, len(labels)):
+        chosen = labels[::every]
+        if all(right - left >= (len(a) + len(b) + 2) * character / 2 for (left, a), (right, b) in pairwise(chosen)):
+            return chosen
+    return labels[:1]

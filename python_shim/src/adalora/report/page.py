@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
 
-from .axis import SHADES, decades, shade, thinned, ticks, with_room
+from .axis import SHADES, between, decades, shade, thinned, ticks, with_room
 from .summary import Summary
 
 # Of a chart, in units of its view box: about pixels.
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 62, 18, 26, 40
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 62, 18, 34, 40
 # Of a character, in the same unit.
 CHARACTER = 7.2
 # Where a name may be broken: attention.|output, q_|proj, Self|Attention.
@@ -140,11 +140,12 @@ def _budget(s: Summary) -> str:
     parts = [_lines_across([(scale.y(value), f"{value:,.0f}") for value in y_ticks])]
     parts += [_text(scale.x(value), height - BOTTOM + 18, f"{value:,.0f}", "middle") for value in x_ticks]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 4, "step", "middle"))
-    for step, name in ((s.tinit, "budget begins to fall"), (s.last_mask, "last mask")):
+    # Two lines of names, which may be close to each other.
+    for step, name, y in ((s.tinit, "budget begins to fall", 12), (s.last_mask, "last mask", 26)):
         if 0 < step <= last:
             x, anchor = scale.x(step), "start" if step < 0.1 * last else "end" if step > 0.9 * last else "middle"
-            parts.append(_line(x, TOP - 6, x, height - BOTTOM, "mark"))
-            parts.append(_text(x, TOP - 12, f"{name}, step {step:,}", anchor, "marked"))
+            parts.append(_line(x, y + 5, x, height - BOTTOM, "mark"))
+            parts.append(_text(x, y, f"{name}, step {step:,}", anchor, "marked"))
     planned = [(scale.x(step), scale.y(budget)) for step, budget in s.schedule]
     parts.append(f'<path class="planned" d="{_path(planned)}"/>')
     points = [(scale.x(step), scale.y(s.in_unit(ranks))) for step, ranks in s.history]
@@ -292,10 +293,12 @@ def _scores(s: Summary) -> str:
     if powers is None:
         return ""
     low, high = powers
-    height, margin = 320, 12
-    floor, top = height - BOTTOM - margin, TOP + 4
+    height, above, margin = 310, 8, 12
+    floor, top = height - BOTTOM - margin, above + 6
+    # Below the lowest power is a line for what is less.
+    lowest_y = floor - 18
     y_of = lambda score: (  # noqa: E731
-        floor if score <= 0 else floor - 8 - (floor - 8 - top) * (math.log10(score) - low) / (high - low)
+        floor if score < 10.0**low else lowest_y - (lowest_y - top) * (math.log10(score) - low) / (high - low)
     )
     slot = (WIDTH - RIGHT - LEFT) / len(s.paths)
     groups = s.groups
@@ -305,17 +308,15 @@ def _scores(s: Summary) -> str:
     for number, (name, positions) in enumerate(groups):
         width = len(positions) * slot
         if number % 2:
-            parts.append(
-                f'<rect class="band" x="{begin:.1f}" y="{TOP}" width="{width:.1f}" height="{height - BOTTOM - TOP}"/>'
-            )
+            size = f'width="{width:.1f}" height="{height - BOTTOM - above}"'
+            parts.append(f'<rect class="band" x="{begin:.1f}" y="{above}" {size}/>')
         labels.append((begin + width / 2, name))
         begin += width
     parts += [_text(x, height - BOTTOM + 18, name, "middle") for x, name in with_room(labels, CHARACTER)]
-    step = math.ceil((high - low) / 6)
-    parts.append(_lines_across([(y_of(10.0**p), f"1e{p}") for p in range(low, high + 1, step)]))
-    if any(score <= 0 for scores in s.scores for score in scores):
-        parts.append(_lines_across([(floor, "0")]))
-    size = max(2.2, min(6.5, slot * 0.55))
+    parts.append(_lines_across([(y_of(10.0**p), f"1e{p}") for p in between(low, high)]))
+    if any(score < 10.0**low for scores in s.scores for score in scores):
+        parts.append(_lines_across([(floor, "less")]))
+    size = max(3, min(6.5, slot * 0.55))
     for name, sides in (("off", masked), ("on", kept)):
         dots = "".join(f"M{x_of[k]:.1f} {y_of(score):.1f}h0" for k, scores in enumerate(sides) for score in scores)
         if dots:
@@ -325,7 +326,7 @@ def _scores(s: Summary) -> str:
         '<span><i style="background:var(--masked)"></i>masked</span>'
     )
     lowest = s.lowest_kept
-    if lowest is not None and lowest > 0:
+    if lowest is not None and lowest >= 10.0**low:
         y = y_of(lowest)
         parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "mark"))
         legend += f'<span><i class="dotted"></i>lowest score that is kept, {lowest:.3g}</span>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .axis import SHADES, decades, shade, thinned, with_room
+from .axis import SHADES, between, decades, shade, thinned, with_room
 from .summary import Summary
 
 SHADE_COLORS = ("#eceef2", "#e3edfb", "#c7dbf6", "#a3c4ef", "#7aa8e5", "#538cd9", "#3370c6", "#1f56a6", "#153e7e")
@@ -38,7 +38,7 @@ def picture(summary: Summary) -> Any:
         figure = Figure(figsize=(15, height), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, rect=(0, 0, 1, 1 - 0.75 / height))
         kept = f"{s.standing.live_triplets:,} of {s.triplets:,} triplets kept"
-        figure.text(0.01, 1 - 0.12 / height, s.title, va="top", fontsize=15, fontweight="bold", parse_math=False)
+        figure.text(0.01, 1 - 0.12 / height, _literal(s.title), va="top", fontsize=15, fontweight="bold")
         figure.text(0.01, 1 - 0.45 / height, f"{kept} {s.state}", va="top", color=MUTED)
         left, right = figure.subfigures(1, 2, width_ratios=(6, 7))
         (_heat if s.table.rows else _bars)(left.subplots(), s)
@@ -65,18 +65,27 @@ def _heat(axes: Any, s: Summary) -> None:
                 axes.text(x, y, s.ranks[k], ha="center", va="center", color=color, fontsize=size)
         total = sum(s.ranks[k] for k in row if k is not None)
         axes.text(len(row) - 0.35, y, total, ha="left", va="center", color=MUTED, fontsize=size)
-    for x in range(len(table.columns)):
-        total = sum(s.ranks[row[x]] for row in table.cells if row[x] is not None)
-        axes.text(x, len(table.rows) - 0.4, total, ha="center", va="top", color=MUTED, fontsize=size)
-    total = sum(s.ranks[k] for row in table.cells for k in row if k is not None)
-    axes.text(len(table.columns) - 0.35, len(table.rows) - 0.4, total, ha="left", va="top", color=MUTED, fontsize=size)
-    names = [name.replace(".", ".\n") for name in table.columns]
+    sums = [sum(s.ranks[row[x]] for row in table.cells if row[x] is not None) for x in range(len(table.columns))]
+    for x, total in enumerate([*sums, sum(sums)]):
+        axes.annotate(
+            total,
+            (x if x < len(sums) else x - 0.35, len(table.rows) - 0.5),
+            (0, -4),
+            textcoords="offset points",
+            ha="center" if x < len(sums) else "left",
+            va="top",
+            color=MUTED,
+            fontsize=size,
+            annotation_clip=False,
+        )
+    names = [_literal(name).replace(".", ".\n") for name in table.columns]
     if max(len(part) for name in names for part in name.split("\n")) * len(names) > 80:
-        axes.set_xticks(range(len(names)), table.columns, rotation=40, ha="left", rotation_mode="anchor")
+        names = list(map(_literal, table.columns))
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="left", rotation_mode="anchor")
     else:
         axes.set_xticks(range(len(names)), names)
     axes.xaxis.tick_top()
-    axes.set_yticks(range(len(table.rows)), table.rows)
+    axes.set_yticks(range(len(table.rows)), list(map(_literal, table.rows)))
     axes.set_xticks([x - 0.5 for x in range(1, len(names))], minor=True)
     axes.set_yticks([y - 0.5 for y in range(1, len(table.rows))], minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
@@ -85,7 +94,7 @@ def _heat(axes: Any, s: Summary) -> None:
     axes.set_ylabel("layer")
     axes.set_title("Ranks by layer and module", pad=10)
     if table.others:
-        text = "\n".join(f"{s.paths[k]}: {s.ranks[k]} of {s.initial[k]}" for k in table.others)
+        text = "\n".join(f"{_literal(s.paths[k])}: {s.ranks[k]} of {s.initial[k]}" for k in table.others)
         axes.set_xlabel(text, loc="left", labelpad=18, color=INK)
 
 
@@ -95,7 +104,7 @@ def _bars(axes: Any, s: Summary) -> None:
     axes.barh(places, s.ranks, height=0.7, color=ACCENT)
     for y, (rank, initial) in enumerate(zip(s.ranks, s.initial, strict=True)):
         axes.text(initial, y, f" {rank} of {initial}", va="center", color=MUTED, fontsize=8)
-    axes.set_yticks(places, [path if len(path) <= 40 else f"…{path[-39:]}" for path in s.paths])
+    axes.set_yticks(places, [_literal(path if len(path) <= 40 else f"…{path[-39:]}") for path in s.paths])
     # Few bars stay thin.
     axes.set_ylim(max(len(s.paths), 10) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max(1, *s.initial))
@@ -113,12 +122,16 @@ def _budget(axes: Any, s: Summary) -> None:
         steps, counts = [*steps, s.step], [*counts, counts[-1]]
         axes.step(steps, counts, where="post", color=ACCENT, linewidth=1.8, label="kept")
         axes.fill_between(steps, counts, step="post", color=ACCENT, alpha=0.12, linewidth=0)
-    for step, name in ((s.tinit, "budget begins to fall"), (s.last_mask, "last mask")):
+    close = s.last_mask - s.tinit < 0.4 * s.total_step
+    for step, name, height in (
+        (s.tinit, "budget begins to fall", 0.97),
+        (s.last_mask, "last mask", 0.85 if close else 0.97),
+    ):
         if 0 < step < s.total_step:
             axes.axvline(step, color=MARK, linewidth=0.8, linestyle=(0, (2, 3)))
             axes.annotate(
                 f" {name}, step {step:,} ",
-                (step, 0.97),
+                (step, height),
                 xycoords=("data", "axes fraction"),
                 ha="right" if step > 0.7 * s.total_step else "left",
                 va="top",
@@ -147,7 +160,7 @@ def _movement(axes: Any, s: Summary) -> None:
     colors = ListedColormap(SHADE_COLORS)
     axes.pcolormesh(edges, [y - 0.5 for y in range(len(groups) + 1)], values, cmap=colors, vmin=-0.5, vmax=SHADES + 0.5)
     every = -(-len(groups) // 12)
-    axes.set_yticks(range(0, len(groups), every), [name for name, _ in groups][::every])
+    axes.set_yticks(range(0, len(groups), every), [_literal(name) for name, _ in groups][::every])
     axes.invert_yaxis()
     axes.hlines([y + 0.5 for y in range(len(groups) - 1)], edges[0], edges[-1], color="white", linewidth=0.8)
 
@@ -161,20 +174,27 @@ def _scores(axes: Any, s: Summary) -> None:
         return
     groups = s.groups
     order = {k: place for place, k in enumerate(k for _, positions in groups for k in positions)}
-    # Zero has no logarithm: a decade below all others stands for it.
-    floor = 10.0 ** (powers[0] - 1)
+    # Below the lowest power is a place for what is less.
+    low, high = powers
+    floor = 10.0 ** (low - (high - low) / 8)
     size = max(2, min(26, 900 / len(order)))
     for side, color, name in zip(s.split_scores(), (ACCENT, MASKED), ("kept", "masked"), strict=True):
-        points = [(order[k], max(score, floor)) for k, scores in enumerate(side) for score in scores]
+        points = [
+            (order[k], score if score >= 10.0**low else floor) for k, scores in enumerate(side) for score in scores
+        ]
         if points:
             axes.scatter(*zip(*points, strict=True), s=size, color=color, label=name, linewidths=0, zorder=2)
     axes.set_yscale("log")
     axes.minorticks_off()
+    marks = {10.0**p: f"1e{p}" for p in between(low, high)}
+    if any(score < 10.0**low for scores in s.scores or [] for score in scores):
+        marks[floor] = "less"
+    axes.set_yticks(list(marks), list(marks.values()))
     begin, ticks = 0, []
     for number, (name, positions) in enumerate(groups):
         if number % 2:
             axes.axvspan(begin - 0.5, begin + len(positions) - 0.5, color=LINE, alpha=0.45, linewidth=0)
-        ticks.append((begin + (len(positions) - 1) / 2, name))
+        ticks.append((begin + (len(positions) - 1) / 2, _literal(name)))
         begin += len(positions)
     # About 85 characters fit.
     places, names = zip(*with_room(ticks, len(order) / 85), strict=True)
@@ -185,6 +205,11 @@ def _scores(axes: Any, s: Summary) -> None:
     axes.set_xlabel("layer" if s.table.rows else "adapter")
     axes.grid(axis="x", visible=False)
     axes.legend(loc="lower left", bbox_to_anchor=(0.6, 1.0), ncols=2, fontsize=8, borderaxespad=0.2)
+
+
+def _literal(text: str) -> str:
+    """A text that is not taken for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _finish(axes: Any, title: str) -> None:
