@@ -11,6 +11,7 @@
 ...     optimizer.zero_grad()
 """
 
+from . import operators  # noqa: F401
 from .allocator import RankAllocator
 from .checkpoint import load_adapter, load_training_state, save_adapter, save_training_state
 from .config import AdaLoraConfig

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapter import GroupCall, Share, Stage
 from ..arrays import NAMES, Triplets
 from ..errors import InvalidArgumentError
-from .functional import DTYPES, Part, _check_mode, _stream, context, native_adapter, once_differentiable
+from .functional import DTYPES, Part, _check_mode, _stream, context, native_adapter, once_differentiable, traced
 
 # How many adapters one native call takes.
 _LARGEST_GROUP = 64
@@ -65,10 +65,20 @@ def svd_expand(
         if tensor.device != y.device:
             raise InvalidArgumentError(f"{name}: expected a tensor on {y.device}, found one on {tensor.device}")
     E, B = _fitting(E, y.dtype), _fitting(B, y.dtype)
+    if traced():
+        return _by_operators(y, h, E, B, scaling, channel_dim, groups)
     options = scaling, channel_dim, groups, in_place
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, h, E, B)):
         return _Expand.apply(y, h, E, B, options)
     return _forward(y, h, E, B, *options)
+
+
+def _by_operators(y: Tensor, h: Tensor, E: Tensor, B: Tensor, scaling: float, channel_dim: int, groups: int) -> Tensor:
+    """What `svd_expand` computes, for what sees PyTorch's operators alone."""
+    dtype, (out, r) = _compute(y), B.shape
+    rows = h.movedim(channel_dim, -1).to(dtype).unflatten(-1, (groups, r)) * (scaling * E.to(dtype).view(-1))
+    added = torch.einsum("...gr,gor->...go", rows, B.to(dtype).view(groups, out // groups, r))
+    return y + added.flatten(-2).movedim(-1, channel_dim).to(y.dtype)
 
 
 class _Expand(torch.autograd.Function):

@@ -145,6 +145,12 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     if not parts:
         raise InvalidArgumentError("parts: expected at least one, found none")
     _check_mode(x, parts)
+    if traced():
+        # At its first use: the operators are made from what stands here.
+        from .operators import by_operator
+
+        _check(x, parts)
+        return by_operator(x, parts)
     call = prepared(x, parts)
     ys, As, Es, Bs, scalings, _, in_place, weights = zip(*parts, strict=True)
     if x.dtype is not call.dtype:
@@ -213,11 +219,30 @@ def _check_part(part: Part, name: str, x: Tensor, dtype: torch.dtype) -> None:
         )
 
 
+def traced() -> bool:
+    """Whether something sees PyTorch's operators alone: a compiler, an exporter, a mode, or functorch."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def param_dtype(activation: torch.dtype, *params: torch.dtype) -> torch.dtype:
+    """What A, E and B are cast to, to go with the activations."""
+    wide = activation in (torch.float32, torch.float64)
+    return activation if wide or all(dtype == activation for dtype in params) else torch.float32
+
+
 def _check_mode(x: Tensor, parts: Sequence[Part]) -> None:
-    """Refuse what sees PyTorch's operators alone, and would take the base layer for the whole."""
-    tracing = torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    if tracing:
-        raise UnsupportedError("svd_linear: expected a model that runs, found one that is traced: merge adapters first")
+    """Refuse what would take the base layer for the whole."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    if torch._C._is_tracing():
+        raise UnsupportedError(
+            "svd_linear: expected a model that runs, found one that torch.jit traces: use torch.export, or merge "
+            "adapters first"
+        )
     if forward_ad._current_level >= 0:
         tensors = [x, *(tensor for part in parts for tensor in part[:4])]
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
@@ -376,10 +401,8 @@ class Call:
         self.param_dtypes, self.starts, self.casts = [], [0], False
         adapters = []
         for k, (lora_dropout, _, _, A, A_dtype, _, _, E_dtype, _, B, B_dtype, _) in enumerate(geometries):
-            found = {A_dtype, E_dtype, B_dtype}
-            wide = self.dtype == self.compute_dtype
-            dtype = self.dtype if wide or found == {self.dtype} else torch.float32
-            self.casts = self.casts or found != {dtype}
+            dtype = param_dtype(self.dtype, A_dtype, E_dtype, B_dtype)
+            self.casts = self.casts or {A_dtype, E_dtype, B_dtype} != {dtype}
             self.param_dtypes.append(dtype)
             self.starts.append(self.starts[-1] + A[0])
             adapters.append(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..arrays import Triplets
 from ..errors import InvalidArgumentError, UnsupportedError
-from .functional import Part, context, native_adapter, svd_linear
+from .functional import Part, context, native_adapter, svd_linear, traced
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -185,7 +185,7 @@ class SVDLayer(nn.Module):
         """The base layer's output, and what the active adapters add to it."""
         y = self.base_layer(x, *args, **kwargs)
         added = self._added()
-        in_place = bool(added) and self._base_is_plain() and self._may_overwrite(y)
+        in_place = bool(added) and not traced() and self._base_is_plain() and self._may_overwrite(y)
         for adapter_name in added:
             y = self._add(adapter_name, x, y, self.lora_dropout[adapter_name] if self.training else 0.0, in_place)
         return y
@@ -217,9 +217,7 @@ class SVDLayer(nn.Module):
     @staticmethod
     def _may_overwrite(y: Tensor) -> bool:
         """Whether nobody but us can hold a plain base layer's y."""
-        own = y.is_contiguous() and not y._is_view() and not (y.requires_grad and y.is_leaf)
-        # A mode that sees every operator may keep its output.
-        return own and torch._C._len_torch_dispatch_stack() == 0
+        return y.is_contiguous() and not y._is_view() and not (y.requires_grad and y.is_leaf)
 
     # Merging
 
@@ -399,7 +397,7 @@ class SVDLinear(SVDLayer):
         """The base layer's output, and what the active adapters add to it."""
         if not self._added():
             return self.base_layer(x, *args, **kwargs)
-        if self.shared_input is not None and not args and not kwargs:
+        if self.shared_input is not None and not args and not kwargs and not traced():
             return self.shared_input.output(self, x)
         return self._adapted([self], x, *args, **kwargs)[0]
 
@@ -407,9 +405,10 @@ class SVDLinear(SVDLayer):
     def _adapted(layers: Sequence[SVDLinear], x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
         """What layers with the same active adapters make of the same x."""
         outputs, weights, in_place = [], [], []
+        seen = traced()
         for layer in layers:
             base = layer._modules["base_layer"]
-            plain = layer._base_is_plain()
+            plain = not seen and layer._base_is_plain()
             weight = layer._plain_weight(x) if plain and not args and not kwargs else None
             if weight is None:
                 y = base(x, *args, **kwargs)
