@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from adalora.errors import UnsupportedError
+from adalora.errors import InvalidArgumentError, UnsupportedError
 from adalora.torch import (
     AdaLoraConfig,
+    AdamW,
+    RankAllocator,
     SVDConv1d,
     SVDConv2d,
     SVDEmbedding,
     SVDLinear,
     adapt,
     disable_adapters,
+    load_adapter,
+    load_training_state,
     merge,
     merge_and_unload,
     named_adapters,
+    save_adapter,
+    save_training_state,
+    set_adapter,
     unload,
     unmerge,
 )
@@ -161,3 +170,157 @@ def test_what_is_quantized_is_not_merged(ids):
     layer = model.quantized
     A, E, B = layer.triplets("default")
     torch.testing.assert_close(layer.get_delta_weight("default"), layer.scaling("default") * B @ (E * A))
+
+
+def train(model: nn.Module, optimizer: AdamW, allocator: RankAllocator, ids: Tensor, steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        wanted = torch.randn(len(ids), 2, dtype=torch.float64)
+        (model(ids) - wanted).square().mean().backward()
+        allocator.orthogonality()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def optimizer_of(model: nn.Module) -> tuple[AdamW, RankAllocator]:
+    allocator = RankAllocator(model)
+    return AdamW([p for p in model.parameters() if p.requires_grad], allocator, lr=1e-2), allocator
+
+
+def test_ranks_are_shared_over_all_kinds_and_a_run_is_resumed(ids, tmp_path):
+    model = network(lora_dropout=0.1)
+    optimizer, allocator = optimizer_of(model)
+    train(model, optimizer, allocator, ids, range(7))
+    save_adapter(model, tmp_path)
+    save_training_state(tmp_path, optimizer=optimizer)
+    train(model, optimizer, allocator, ids, range(7, 16))
+    assert sum(allocator.ranks().values()) == len(KINDS)
+    for path, kept in allocator.rank_pattern().items():
+        values = model.get_submodule(path).lora_E["default"].flatten()
+        assert (values != 0).tolist() == kept
+    assert not model.words.lora_A["default"][:, 3].any()
+
+    again = load_adapter(Network().double(), tmp_path, is_trainable=True)
+    again.load_state_dict({name: p for name, p in network().state_dict().items() if "lora" not in name}, strict=False)
+    optimizer, allocator = optimizer_of(again)
+    load_training_state(tmp_path, optimizer=optimizer)
+    train(again, optimizer, allocator, ids, range(7, 16))
+    for (name, p), (_, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_layers_copy_pickle_and_repeat_under_checkpointing(ids):
+    model = network(lora_dropout=0.3)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        torch.manual_seed(3)
+        expected = model(ids)
+        torch.manual_seed(3)
+        assert torch.equal(other(ids), expected)
+    gradients = []
+    for run in (model, lambda ids: checkpoint(model, ids, use_reentrant=False)):
+        model.zero_grad()
+        torch.manual_seed(3)
+        run(ids).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_two_adapters_add_up(ids):
+    model = network()
+    adapt(model, config(init_r=2, inference_mode=True), "second")
+    outputs = {}
+    for names in (["default"], ["second"], ["default", "second"]):
+        set_adapter(model, names)
+        for path in KINDS:
+            layer = model.get_submodule(path)
+            base = layer.base_layer
+            given = {"words": ids, "out": torch.ones(2, 8), "quantized": torch.ones(2, 5)}.get(path)
+            if given is None:
+                given = torch.ones(2, base.in_channels, *(5, 6)[: len(base.kernel_size)])
+            given = given if path == "words" else given.double()
+            outputs[path, tuple(names)] = layer(given) - base(given)
+    for path in KINDS:
+        torch.testing.assert_close(
+            outputs[path, ("default", "second")], outputs[path, ("default",)] + outputs[path, ("second",)]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(ids, dtype):
+    exact, half = network(), network(dtype)
+    values = {name: p.to(dtype) for name, p in exact.state_dict().items()}
+    exact.load_state_dict(values)
+    half.load_state_dict(values)
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    found, expected = half(ids), exact(ids)
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    with torch.autocast("cpu", dtype):
+        mixed = network(torch.float32)
+        mixed.load_state_dict(values)
+        found = mixed(ids)
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    found.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixed.parameters() if p.requires_grad)
+
+
+def test_dropout_of_an_embedding_leaves_tokens_out():
+    torch.manual_seed(4)
+    layer = SVDEmbedding(nn.Embedding(9, 5))
+    layer.add_adapter("default", r=2, lora_alpha=2, lora_dropout=0.25, init_lora_weights=False)
+    layer.active_adapters = ["default"]
+    ids = torch.randint(9, (4000,))
+    added = layer(ids) - layer.base_layer(ids)
+    layer.eval()
+    whole = layer(ids) - layer.base_layer(ids)
+    kept = added.abs().sum(dim=-1) > 1e-4 * whole.abs().sum(dim=-1)
+    torch.testing.assert_close(added[kept], whole[kept] / 0.75, rtol=1e-4, atol=1e-5)
+    assert 0.7 < kept.float().mean() < 0.8
+
+
+class Scaled(nn.Embedding):
+    """Has a forward of its own, as in some language models."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
+
+
+class Standardized(nn.Conv2d):
+    """Computes its weight anew in each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "message"),
+    [
+        (SVDEmbedding, nn.Embedding(5, 4, max_norm=1.0), r"without max_norm, found .* has max_norm=1\.0"),
+        (SVDEmbedding, nn.Embedding(5, 4, sparse=True), "without sparse, found .* has sparse=True"),
+        (SVDEmbedding, nn.Embedding(5, 4, scale_grad_by_freq=True), "without scale_grad_by_freq, found"),
+        (SVDEmbedding, Scaled(5, 4), r"computes what torch\.nn\.Embedding does, found .* has its own forward"),
+        (SVDConv2d, Standardized(2, 2, 1), r"computes what torch\.nn\.Conv2d does, found .* has its own forward"),
+        (SVDConv2d, nn.Conv1d(2, 2, 1), r"a torch\.nn\.Conv2d, found one that is of type Conv1d"),
+        (SVDConv1d, nn.LazyConv1d(2, 1), "has no weight yet"),
+        (SVDLinear, nn.Bilinear(2, 2, 2), "or another layer with in_features and out_features, found .* Bilinear"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(kind, layer, message):
+    with pytest.raises(InvalidArgumentError, match=f"base_layer: expected .*{message}"):
+        kind(layer)
+    model = nn.Sequential(layer)
+    if type(layer) is not nn.Conv1d:
+        with pytest.raises(InvalidArgumentError, match=r"target_modules: expected .* found 0, which "):
+            adapt(model, config(target_modules=["0"]))
+    assert model[0] is layer
+
+
+def test_a_tied_output_layer_is_warned_of():
+    model = nn.ModuleDict({"words": nn.Embedding(6, 4), "out": nn.Linear(4, 6, bias=False)})
+    model["out"].weight = model["words"].weight
+    with pytest.warns(UserWarning, match="words: shares its weight with out"):
+        adapt(model, config(target_modules=["words"]))
