@@ -11,5 +11,6 @@ or once for every model that the process makes from then on:
 from .allocator import RankAllocator
 from .install import install, uninstall
 from .model import accelerate
+from .report import RankReport
 
-__all__ = ["RankAllocator", "accelerate", "install", "uninstall"]
+__all__ = ["RankAllocator", "RankReport", "accelerate", "install", "uninstall"]

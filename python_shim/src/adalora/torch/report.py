@@ -51,8 +51,8 @@ class RankReport:
         layers = allocator.layers.values()
         self._shapes = [(layer.lora_A[name].shape[1], layer.lora_B[name].shape[0]) for layer in layers]
         self._initial = [layer.lora_A[name].shape[0] for layer in layers]
-        config = allocator.config
-        self._last_mask = config.total_step - config.tfinal
+        # A trainer's callback may take the number of steps back, and PEFT's may be changed.
+        self._schedule = self._read_schedule()
         # The last step, and the last that went to TensorBoard.
         self._step = self._written = -1
         self._is_final = False
@@ -62,6 +62,13 @@ class RankReport:
         self._latest: tuple[int, list[int]] | None = None
         self._scores: list[list[float]] | None = None
         self._scores_step = -1
+
+    def _read_schedule(self) -> tuple[int, int, int]:
+        """`total_step`, `tinit`, and the step of the last mask."""
+        config = self._allocator.config
+        if config.total_step is not None:
+            self._schedule = config.total_step, config.tinit, config.total_step - config.tfinal
+        return self._schedule
 
     def record(self, step: int) -> None:
         """Note where the ranks stand: after every step, or after those with a mask.
@@ -81,7 +88,8 @@ class RankReport:
         if step <= self._step:
             raise InvalidArgumentError(f"step: expected one above {self._step}, which was recorded last, found {step}")
         allocator = self._allocator
-        masks = not self._is_final and (allocator.budget(step).masks or step >= self._last_mask)
+        _, _, last_mask = self._read_schedule()
+        masks = not self._is_final and (allocator.budget(step).masks or step >= last_mask)
         if masks or not self._history:
             standing = allocator.standing()
             if standing.last_step != step:
@@ -90,7 +98,7 @@ class RankReport:
                 )
             self._note(step, standing)
         self._step = step
-        if not self._is_final and (masks or step + 1 == self._last_mask):
+        if not self._is_final and (masks or step + 1 == last_mask):
             self._scores = [scores.tolist() for scores in allocator.scores().values()]
             self._scores_step = step
 
@@ -193,16 +201,16 @@ class RankReport:
 
     def _summary(self) -> Summary:
         allocator = self._allocator
-        config = allocator.config
+        total_step, tinit, last_mask = self._read_schedule()
         standing = allocator.standing()
         step = max(self._step, standing.last_step)
         history = self._entries()
         if step >= 0 and (not history or history[-1][1] != standing.ranks):
             # Chosen by hand, or not recorded.
             history.append((step, standing.ranks))
-        last = max(config.total_step - 1, 1)
+        last = max(total_step - 1, 1)
         points = {k * last // SCHEDULE_POINTS for k in range(SCHEDULE_POINTS + 1)}
-        points |= {max(config.tinit, 0), self._last_mask}
+        points |= {tinit, last_mask}
         return Summary(
             title=self.title,
             paths=list(allocator.layers),
@@ -210,9 +218,9 @@ class RankReport:
             initial=self._initial,
             standing=standing,
             step=step,
-            total_step=config.total_step,
-            tinit=config.tinit,
-            last_mask=self._last_mask,
+            total_step=total_step,
+            tinit=tinit,
+            last_mask=last_mask,
             unit=allocator.budget_unit,
             schedule=[(k, allocator.budget(k).budget) for k in sorted(points)],
             history=history,
