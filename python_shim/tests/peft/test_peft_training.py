@@ -383,6 +383,23 @@ def test_a_run_goes_on_in_a_model_that_is_there(tmp_path):
     assert_equal(other, whole)
 
 
+@pytest.mark.parametrize("at", [9, 14, 25, 28])
+def test_an_earlier_state_is_loaded_into_a_model_that_has_gone_on(at, tmp_path):
+    # As transformers' Trainer loads the best model at the end: after a mask, or after the last one.
+    model = accelerated(peft_model())
+    optimizer = adamw(model)
+    data = list(batches())
+    run_from(model, optimizer, 0, data[:8])
+    model.save_pretrained(tmp_path)
+    before = copy.deepcopy(model)
+    run_from(model, optimizer, 8, data[:at])
+    params = list(model.parameters())
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert all(p is q for p, q in zip(params, model.parameters(), strict=True))
+    assert_equal(model, before)
+    run_from(model, optimizer, at, data)
+
+
 def test_copies_go_on_bit_for_bit():
     data = list(batches())
     whole = accelerated(peft_model())

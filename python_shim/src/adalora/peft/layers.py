@@ -16,6 +16,9 @@ from ..errors import InvalidArgumentError, UnsupportedError
 from ..torch.convolution import svd_conv
 from ..torch.functional import Part, context, native_adapter, svd_linear
 
+# An adapter's matrices, and the dimension in which its triplets are.
+_FACTORS = (("lora_A", 0), ("lora_E", 0), ("lora_B", 1))
+
 
 class _Adapted:
     """What all kinds of layers have in common."""
@@ -63,27 +66,40 @@ class _Adapted:
             owned, weight = True, None
         return y
 
-    # Loading
+    # Ranks
+
+    def keep(self, adapter_name: str, kept: list[bool]) -> None:
+        """Take the other triplets away. Scaling and ranknum stay, and what the adapter computes where their E is zero.
+
+        Should the next state dict hold all of them after all, the parameters return.
+        """
+        index = [k for k, flag in enumerate(kept) if flag]
+        whole = {}
+        for factor, dim in _FACTORS:
+            params = getattr(self, factor)
+            p = whole[factor] = params[adapter_name]
+            values = p.detach().index_select(dim, torch.tensor(index, dtype=torch.int64, device=p.device))
+            params[adapter_name] = nn.Parameter(values, requires_grad=p.requires_grad)
+        self.r[adapter_name] = len(index)
+        self.__dict__.setdefault("_whole", {})[adapter_name] = whole
 
     def place_when_loaded(self, adapter_name: str, kept: list[bool]) -> None:
         """Let the next state dict hold the kept triplets alone; the others begin with E zero."""
         self.__dict__.setdefault("_kept", {})[adapter_name] = kept
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name, whole in self.__dict__.pop("_whole", {}).items():
+            found = state_dict.get(f"{prefix}lora_E.{name}")
+            if found is not None and found.shape == whole["lora_E"].shape:
+                for factor, p in whole.items():
+                    getattr(self, factor)[name] = p
+                self.r[name] = found.shape[0]
         for name, kept in self.__dict__.pop("_kept", {}).items():
-            for factor, dim in ("lora_A", 0), ("lora_E", 0), ("lora_B", 1):
+            for factor, dim in _FACTORS:
                 key = f"{prefix}{factor}.{name}"
-                if key in state_dict and state_dict[key].shape[dim] != len(kept):
-                    state_dict[key] = self._placed(state_dict[key], factor, dim, kept)
+                if key in state_dict and state_dict[key].shape[dim] == sum(kept):
+                    state_dict[key] = _placed(state_dict[key], factor, dim, kept)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @staticmethod
-    def _placed(cut: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
-        shape = list(cut.shape)
-        shape[dim] = len(kept)
-        # With A and B zero as well, a triplet would never learn: they begin as PEFT's do.
-        values = cut.new_zeros(shape) if factor == "lora_E" else cut.new_empty(shape).normal_(std=0.02)
-        return values.index_copy_(dim, torch.tensor(kept, device=cut.device).nonzero().flatten(), cut)
 
 
 class _Merging(_Adapted):
@@ -308,6 +324,15 @@ def accelerated_class(layer: nn.Module) -> type:
         expected = ", ".join(cls.__name__ for cls in CLASSES)
         raise UnsupportedError(f"model: expected layers of PEFT's classes {expected}, found {found}")
     return CLASSES[found]
+
+
+def _placed(cut: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
+    """The kept triplets in their places, the others as at the start of a run."""
+    shape = list(cut.shape)
+    shape[dim] = len(kept)
+    # With A and B zero as well, a triplet would never learn.
+    values = cut.new_zeros(shape) if factor == "lora_E" else cut.new_empty(shape).normal_(std=0.02)
+    return values.index_copy_(dim, torch.tensor(kept, device=cut.device).nonzero().flatten(), cut)
 
 
 def _is_plain(base: nn.Module, kind: type[nn.Module]) -> bool:

@@ -129,7 +129,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
             if goes_on:
                 layer.place_when_loaded(adapter_name, kept)
             else:
-                _cut(layer, adapter_name, kept)
+                layer.keep(adapter_name, kept)
 
     def resize_state_dict_by_rank_pattern(
         self, rank_pattern: Mapping[str, Any], state_dict: dict[str, Tensor], adapter_name: str
@@ -262,13 +262,3 @@ def _flags(path: str, kept: Any) -> list[bool]:
     if not isinstance(kept, list) or not all(isinstance(flag, bool) for flag in kept):
         raise InvalidArgumentError(f"rank_pattern[{path!r}]: expected a list of bool, found {kept!r}")
     return kept
-
-
-def _cut(layer: AdaLoraLayer, adapter_name: str, kept: list[bool]) -> None:
-    """Take triplets away. Scaling and ranknum stay, and so does what the adapter computes where E was zero."""
-    index = [k for k, flag in enumerate(kept) if flag]
-    for factors, dim in (layer.lora_A, 0), (layer.lora_E, 0), (layer.lora_B, 1):
-        p = factors[adapter_name]
-        values = p.detach().index_select(dim, torch.tensor(index, dtype=torch.int64, device=p.device))
-        factors[adapter_name] = nn.Parameter(values, requires_grad=p.requires_grad)
-    layer.r[adapter_name] = len(index)
