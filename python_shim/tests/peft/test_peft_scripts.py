@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from peft import AdaLoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 
 import adalora.peft
+from adalora import InvalidArgumentError
+from adalora.peft.transformers import AdaLoraCallback
 
 STEPS = 24
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 6, "deltaT": 2, "total_step": STEPS, "lora_alpha": 16}
@@ -119,36 +122,86 @@ def test_scripts(script, tmp_path):
         torch.testing.assert_close(plain(**example).logits, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_trainer(tmp_path):
-    """The Trainer of transformers, with the callback that PEFT's users have for it."""
+# The Trainer of transformers
 
-    class Allocate(transformers.TrainerCallback):
-        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-            model.base_model.update_and_allocate(state.global_step)
 
+def trainer_of(folder: Path, callback: transformers.TrainerCallback, **changed) -> transformers.Trainer:
     torch.manual_seed(0)
     base, config, batch = token_classification()
     model = adalora.peft.accelerate(quietly(get_peft_model, base, config))
     rows = [{name: value[k % 4] for name, value in batch().items()} for k in range(STEPS * 4)]
-    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=1e-2, eval_strategy="no", **options,
-    )  # fmt: skip
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Allocate()])
+    options = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = transformers.TrainingArguments(str(folder), **{**options, **changed})
+    return transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+
+
+class Allocate(transformers.TrainerCallback):
+    """What PEFT's users have."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.base_model.update_and_allocate(state.global_step)
+
+
+@pytest.mark.parametrize("callback", [Allocate, AdaLoraCallback])
+def test_trainer(callback, tmp_path):
+    trainer = trainer_of(tmp_path, callback())
     quietly(trainer.train)
+    model = trainer.model
     standing = model.base_model.rankallocator.standing()
     assert (standing.last_step, standing.is_final, standing.irregular) == (STEPS - 1, True, 0)
     kept = model.peft_config["default"].rank_pattern
     assert standing.live_triplets == 2 * len(kept) == sum(map(sum, kept.values()))
-    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert history[-1] < history[0]
-    penalty = model.base_model.orthogonality_loss()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert history[-1]["loss"] < history[0]["loss"]
+    if callback is AdaLoraCallback:
+        ranks = [entry["adalora_ranks"] for entry in history]
+        assert ranks[0] == 4 * len(kept)
+        assert ranks[-1] == 2 * len(kept)
+        assert history[-1]["adalora_budget"] == 2 * len(kept)
     # The evaluation's loss is the task's.
+    penalty = model.base_model.orthogonality_loss()
     model.eval()
-    example = batch()
+    example = token_classification()[2]()
     with torch.no_grad():
-        logits = model(**example).logits
-        task = nn.functional.cross_entropy(logits.flatten(0, 1), example["labels"].flatten())
-        torch.testing.assert_close(model(**example).loss, task)
+        outputs = model(**example)
+        task = nn.functional.cross_entropy(outputs.logits.flatten(0, 1), example["labels"].flatten())
+        torch.testing.assert_close(outputs.loss, task)
     assert penalty > 0.01
+
+
+@pytest.mark.parametrize("at", [5, 12, 20])
+def test_trainer_resumes_bit_for_bit(at, tmp_path):
+    whole = trainer_of(tmp_path, AdaLoraCallback(), save_strategy="steps", save_steps=at)
+    quietly(whole.train)
+    resumed = trainer_of(tmp_path, AdaLoraCallback())
+    quietly(resumed.train, resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    standings = [each.model.base_model.rankallocator.standing() for each in (whole, resumed)]
+    assert standings[0].selections == standings[1].selections
+    assert standings[1].last_step == STEPS - 1
+
+
+def test_trainer_without_tfinal_takes_the_last_mask(tmp_path):
+    trainer = trainer_of(tmp_path, AdaLoraCallback())
+    trainer.model.peft_config["default"].tfinal = 0
+    quietly(trainer.train)
+    standing = trainer.model.base_model.rankallocator.standing()
+    assert standing.is_final
+    assert standing.live_triplets == sum(map(sum, trainer.model.peft_config["default"].rank_pattern.values()))
+
+
+def test_trainers_whose_steps_are_others_are_refused(tmp_path):
+    trainer = trainer_of(tmp_path, AdaLoraCallback(), max_steps=STEPS + 1)
+    with pytest.raises(InvalidArgumentError, match=r"total_step: expected the trainer's .* 25, found 24"):
+        quietly(trainer.train)
