@@ -1,12 +1,13 @@
 // libadalora: AdaLoRA (Zhang et al., ICLR 2023) for any trainer: SVD adapters W + B diag(E) A whose ranks are reallocated during training.
 //
-// Three opaque objects: a context (backend, device, threads), adapters (one layer's geometry each), an allocator (the adapters of a
-// model, in a fixed order). Destroying them in any order is safe: each keeps alive what it needs.
+// Opaque objects: a context (backend, device, threads), adapters (one layer's geometry each), an allocator (the adapters of a
+// model, in a fixed order). Destroying them in any order is safe: each keeps alive what it needs. A checkpoint, files that are read, needs none
+// of them.
 //
 // Memory. The caller owns every buffer: host memory on the CPU backend, device memory on CUDA; descriptors lie on the host. No object keeps a
 // caller's pointer beyond the call, except adalora_allocator_bind, which says so. Pointers are aligned to their element; an output that
 // overlaps any other operand is refused. What reads back to the host has _sync in its name; apart from those, context_create, context_prepare,
-// the creates and bind, no call allocates or synchronises.
+// the creates and bind, no call allocates or synchronises. Calls on checkpoints work on host memory and on files, on every backend.
 //
 // Errors. Every function that can fail returns a status, 0 for success. An argument error changes nothing. adalora_last_error() is this thread's text:
 // which call, which argument, what was found and what was expected.
@@ -60,6 +61,12 @@
 // A defect of the library: the text says where. Please report it.
 #define ADALORA_ERROR_INTERNAL 9
 
+// A file or folder is not there; nothing was changed.
+#define ADALORA_ERROR_NOT_FOUND 10
+
+// The operating system refused to read or write a file: the text says which, and why. Files are as they were.
+#define ADALORA_ERROR_IO 11
+
 // Version of the interface that this header describes. It changes where a caller compiled against an older header
 // would break.
 #define ADALORA_ABI_VERSION 1
@@ -75,6 +82,60 @@
 
 // IEEE 754 binary16.
 #define ADALORA_FLOAT16 4
+
+// One byte, 0 or 1. This type and those below are those of tensors in checkpoints; nothing computes with them.
+#define ADALORA_BOOL 5
+
+// As PyTorch's type of the name.
+#define ADALORA_UINT8 6
+
+// As PyTorch's type of the name.
+#define ADALORA_INT8 7
+
+// As PyTorch's type of the name.
+#define ADALORA_UINT16 8
+
+// As PyTorch's type of the name.
+#define ADALORA_INT16 9
+
+// As PyTorch's type of the name.
+#define ADALORA_UINT32 10
+
+// As PyTorch's type of the name.
+#define ADALORA_INT32 11
+
+// As PyTorch's type of the name.
+#define ADALORA_UINT64 12
+
+// As PyTorch's type of the name.
+#define ADALORA_INT64 13
+
+// As PyTorch's type of the name: two of binary32.
+#define ADALORA_COMPLEX64 14
+
+// As PyTorch's type of the name.
+#define ADALORA_FLOAT8_E4M3FN 15
+
+// As PyTorch's type of the name.
+#define ADALORA_FLOAT8_E5M2 16
+
+// As PyTorch's type of the name.
+#define ADALORA_FLOAT8_E8M0FNU 17
+
+// As PyTorch's type of the name.
+#define ADALORA_FLOAT8_E4M3FNUZ 18
+
+// As PyTorch's type of the name.
+#define ADALORA_FLOAT8_E5M2FNUZ 19
+
+// `files`: `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
+#define ADALORA_FILES_ADAPTER 1
+
+// `files`: `training_state.safetensors`, what training needs beside them.
+#define ADALORA_FILES_STATE 2
+
+// `files`: all of them.
+#define ADALORA_FILES_ALL 3
 
 // The backend that computes on the host's processor, over host memory.
 #define ADALORA_BACKEND_CPU 1
@@ -119,6 +180,9 @@ typedef struct adalora_adapter_t adalora_adapter_t;
 // Rank allocator over the adapters of a model: schedule, importance, selection, and with them the optimiser. May be
 // used from any thread; a call whose parameter is not const runs alone on the object.
 typedef struct adalora_allocator_t adalora_allocator_t;
+
+// A checkpoint that was opened to be read. May be used from any thread, by several at once.
+typedef struct adalora_checkpoint_t adalora_checkpoint_t;
 
 // A backend, its device and threads. May be used from any thread.
 typedef struct adalora_context_t adalora_context_t;
@@ -382,6 +446,111 @@ typedef struct adalora_report_t {
   // 1 where the pattern is final, else 0.
   int32_t is_final;
 } adalora_report_t;
+
+// An adapter for a checkpoint.
+typedef struct adalora_adapter_entry_t {
+  // `sizeof(adalora_adapter_entry_t)`.
+  size_t struct_size;
+  // Path of its module in the model, such as "encoder.layers.0.query", of UTF-8.
+  const char *name;
+  // Triplets in host memory, of any of the four types that are computed with: all `rank` of them, of which the file
+  // gets those that the pattern keeps; or these alone, where others were compacted away.
+  struct adalora_triplets_t params;
+  // Triplets at creation (PEFT's `init_r`), the same for all adapters of a checkpoint.
+  int64_t rank;
+  // [rank], not 0 where the triplet is kept; then E of the others must be 0, so that the file computes what ran. NULL:
+  // all are written, masked ones too, as training needs them that goes on.
+  const uint8_t *pattern;
+  // `adalora_checkpoint_export_lora`: multiplier of the adapter's output; 0: what the configuration's `lora_alpha` says.
+  // Otherwise 0.
+  double scaling;
+  // `adalora_checkpoint_export_lora`, for a convolution: `n_kernel` extents of its kernel, in the order of the columns of
+  // A, which run over input channels first. Otherwise NULL.
+  const int64_t *kernel;
+  // How many there are, 0 to 3.
+  int64_t n_kernel;
+} adalora_adapter_entry_t;
+
+// A tensor in a checkpoint, or for one.
+typedef struct adalora_tensor_t {
+  // `sizeof(adalora_tensor_t)`.
+  size_t struct_size;
+  // Its name in the file, of UTF-8: PEFT's begin with "base_model.model.".
+  const char *name;
+  // To write: its elements in host memory, row-major and without gaps; may be NULL where there is none. Of a checkpoint:
+  // NULL.
+  const void *data;
+  // `n_dims` extents, 0 or more each.
+  const int64_t *shape;
+  // Number of dimensions, 0 to 64. Without a dimension there is one element.
+  int64_t n_dims;
+  // Bytes of all elements. To write: may be 0 for as many as shape and type say.
+  size_t bytes;
+  // Element type: any of the `ADALORA_*` types.
+  adalora_dtype_t dtype;
+  // Must be 0.
+  int32_t reserved;
+} adalora_tensor_t;
+
+// What a checkpoint is made of.
+typedef struct adalora_checkpoint_desc_t {
+  // `sizeof(adalora_checkpoint_desc_t)`.
+  size_t struct_size;
+  // Folder of the files, made if it is not there.
+  const char *folder;
+  // The adapter's configuration, a JSON object of UTF-8 with PEFT's names; NULL leaves the adapter's files alone. Written
+  // are its fields, and: `peft_type` "ADALORA"; `init_r`, the adapters' rank; `rank_pattern`, from the adapters'
+  // patterns, null where none has one; `target_modules`, the adapters' names, unless given; and `lora_alpha` 0 as the
+  // rank that it stands for, since PEFT would take it from a cut adapter. PEFT also needs `total_step`, `tinit` and
+  // `tfinal` to be of a schedule.
+  const char *config;
+  // The adapters.
+  const struct adalora_adapter_entry_t *adapters;
+  // Bytes from one to the next.
+  size_t adapter_stride;
+  // How many there are.
+  int64_t n_adapters;
+  // What was trained beside them, such as biases and heads.
+  const struct adalora_tensor_t *tensors;
+  // Bytes from one to the next.
+  size_t tensor_stride;
+  // How many there are.
+  int64_t n_tensors;
+  // A text of the trainer's own for the training state, of UTF-8; NULL leaves the file of the training state alone.
+  const char *state;
+  // Tensors of the training state: moments, averages, what `adalora_allocator_save_state_sync` wrote, generators.
+  const struct adalora_tensor_t *state_tensors;
+  // Bytes from one to the next.
+  size_t state_tensor_stride;
+  // How many there are.
+  int64_t n_state_tensors;
+} adalora_checkpoint_desc_t;
+
+// An adapter in a checkpoint.
+typedef struct adalora_adapter_info_t {
+  // `sizeof(adalora_adapter_info_t)`, set by the caller.
+  size_t struct_size;
+  // Path of its module in the model.
+  const char *name;
+  // [rank], 1 where the file holds the triplet, else 0; NULL where it holds all.
+  const uint8_t *pattern;
+  // Triplets at creation, PEFT's `init_r`: what the scaling is divided by.
+  int64_t rank;
+  // Triplets in the file.
+  int64_t kept;
+  // Input features.
+  int64_t in_features;
+  // Output features.
+  int64_t out_features;
+  // Element type of A in the file.
+  adalora_dtype_t a_dtype;
+  // Element type of E in the file.
+  adalora_dtype_t e_dtype;
+  // Element type of B in the file.
+  adalora_dtype_t b_dtype;
+  // 0.
+  int32_t reserved;
+} adalora_adapter_info_t;
 
 // Runs `body(data)` on `threads` threads at once, the calling one among them, and returns when all have returned: the
 // shape of `GOMP_parallel`, so that the library can compute on OpenMP's, PyTorch's or a trainer's own threads. `flags`
@@ -783,6 +952,110 @@ adalora_status_t adalora_allocator_load_state_sync(struct adalora_allocator_t *a
                                                    const void *bytes,
                                                    size_t size,
                                                    void *stream);
+
+// Writes a checkpoint: the adapter's files (`adapter_config.json`, `adapter_model.safetensors`), which PEFT reads, and
+// the training state beside them (`training_state.safetensors`), or either.
+//
+// Files are replaced together: each is written beside its place and brought to the disk first. A process that dies in
+// between leaves the old files, or, where several change, a folder without `adapter_config.json`, which nobody loads; it
+// never leaves files of two checkpoints that look like one. Gradients are not part of a checkpoint: write between steps.
+//
+// @param desc What to write, in host memory.
+// @return `ADALORA_ERROR_INVALID_ARGUMENT` names what does not fit. `ADALORA_ERROR_IO`: the files are as they were.
+adalora_status_t adalora_checkpoint_write(const struct adalora_checkpoint_desc_t *desc);
+
+// Writes adapters as plain LoRA, for programs that know no AdaLoRA: E and the scaling go into B, each element rounded
+// once, and the same outputs come out.
+//
+// All adapters get one rank, the largest number of triplets whose E is not 0, filled up with zeros, and `lora_alpha` is
+// the rank, so that the multiplier is 1. A is written as it is. Half precision becomes float32, in which the product has
+// room. The configuration's fields of AdaLoRA are left out.
+//
+// @param desc As in `adalora_checkpoint_write`; `state` must be NULL.
+adalora_status_t adalora_checkpoint_export_lora(const struct adalora_checkpoint_desc_t *desc);
+
+// Opens a checkpoint that this library or PEFT wrote, and checks it: the configuration, the header of each file of
+// tensors, the shapes of all adapters. Tensors are read later, from the files as they were now, also where others take
+// their places meanwhile.
+//
+// The files are not trusted. No name in them becomes a path; what is allocated is bounded by the size of header and
+// configuration, which may have 16 MiB each.
+//
+// @param folder Where the files are.
+// @param files `ADALORA_FILES_ADAPTER`, `ADALORA_FILES_STATE` or `ADALORA_FILES_ALL`.
+// @param checkpoint Receives the handle; written on success alone. Destroy it by `adalora_checkpoint_destroy`.
+// @return `ADALORA_ERROR_NOT_FOUND` where a file is not there; `ADALORA_ERROR_CORRUPT_DATA` for a damaged one;
+// `ADALORA_ERROR_INVALID_ARGUMENT` where the files do not fit together, or are not of AdaLoRA.
+adalora_status_t adalora_checkpoint_open(const char *folder, int32_t files, struct adalora_checkpoint_t **checkpoint);
+
+// Destroys a checkpoint; NULL is nothing. The files stay.
+void adalora_checkpoint_destroy(struct adalora_checkpoint_t *checkpoint);
+
+// The text of `adapter_config.json`, or the one that was written with the training state.
+//
+// @param files `ADALORA_FILES_ADAPTER` or `ADALORA_FILES_STATE`.
+// @param text Receives it, ended by a zero byte; NULL to ask for the size alone.
+// @param bytes In: the room at `text`. Out: the bytes needed, the zero byte included, also where the room is too
+// small.
+// @return `ADALORA_ERROR_INVALID_STATE` where the checkpoint was opened without the files;
+// `ADALORA_ERROR_INVALID_ARGUMENT` where the room is too small; then `text` is not written.
+adalora_status_t adalora_checkpoint_text(const struct adalora_checkpoint_t *checkpoint,
+                                         int32_t files,
+                                         char *text,
+                                         size_t *bytes);
+
+// How much there is in files.
+//
+// @param files `ADALORA_FILES_ADAPTER` or `ADALORA_FILES_STATE`.
+// @param n_adapters Receives the number of adapters, 0 for the training state; may be NULL.
+// @param n_tensors Receives the number of tensors that belong to no adapter; may be NULL.
+adalora_status_t adalora_checkpoint_sizes(const struct adalora_checkpoint_t *checkpoint,
+                                          int32_t files,
+                                          int64_t *n_adapters,
+                                          int64_t *n_tensors);
+
+// What an adapter in the checkpoint is.
+//
+// @param index 0 or more: adapters are in the order of their names.
+// @param adapter Receives it; its `struct_size` is set by the caller. What it points to lives as long as the
+// checkpoint.
+adalora_status_t adalora_checkpoint_adapter(const struct adalora_checkpoint_t *checkpoint,
+                                            int64_t index,
+                                            struct adalora_adapter_info_t *adapter);
+
+// Reads an adapter's triplets into host memory, converted to the types that are wanted, to the nearest.
+//
+// @param index As in `adalora_checkpoint_adapter`.
+// @param params Receives them. With room for `rank` triplets each comes to its place, and zeros where the file holds
+// none; with room for `kept` of them, those of the file come alone.
+// @return `ADALORA_ERROR_INCOMPLETE` where the file could not be read to the end: `params` are undefined.
+adalora_status_t adalora_checkpoint_read_adapter(const struct adalora_checkpoint_t *checkpoint,
+                                                 int64_t index,
+                                                 const struct adalora_triplets_t *params);
+
+// What a tensor in the checkpoint is.
+//
+// @param files `ADALORA_FILES_ADAPTER`, for those that belong to no adapter, or `ADALORA_FILES_STATE`.
+// @param index 0 or more: tensors are in the order of their names.
+// @param tensor Receives it; its `struct_size` is set by the caller. What it points to lives as long as the
+// checkpoint.
+adalora_status_t adalora_checkpoint_tensor(const struct adalora_checkpoint_t *checkpoint,
+                                           int32_t files,
+                                           int64_t index,
+                                           struct adalora_tensor_t *tensor);
+
+// Reads a tensor's elements as they are in the file, row-major and without gaps.
+//
+// @param files As in `adalora_checkpoint_tensor`.
+// @param index As in `adalora_checkpoint_tensor`.
+// @param data Receives them, in host memory; may be NULL where there is none.
+// @param bytes Room at `data`: the tensor's bytes.
+// @return `ADALORA_ERROR_INCOMPLETE` where the file could not be read to the end: `data` is undefined.
+adalora_status_t adalora_checkpoint_read_tensor(const struct adalora_checkpoint_t *checkpoint,
+                                                int32_t files,
+                                                int64_t index,
+                                                void *data,
+                                                size_t bytes);
 
 // Makes a context. No thread is started and no device memory taken before it is asked to compute or to prepare.
 //

@@ -17,6 +17,12 @@ pub(crate) const ALIGNMENT: usize = 64;
 /// Keeps the scaling's divisor away from zero, as PEFT's `ranknum + 1e-5` does.
 const RANKNUM_EPS: f64 = 1e-5;
 
+/// Multiplier of an adapter's output.
+pub(crate) fn scaling(alpha: f64, rank: usize) -> f64 {
+    let rank = rank as f64;
+    (if alpha > 0.0 { alpha } else { rank }) / (rank + RANKNUM_EPS)
+}
+
 /// A range of a dimension that one process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
@@ -60,8 +66,7 @@ impl Geometry {
 
     /// Multiplier of the adapter's output: `(alpha > 0 ? alpha : rank) / (rank + 1e-5)`.
     pub fn scaling(&self) -> f64 {
-        let rank = self.rank as f64;
-        (if self.alpha > 0.0 { self.alpha } else { rank }) / (rank + RANKNUM_EPS)
+        scaling(self.alpha, self.rank)
     }
 
     fn scaling_or_own(&self, given: f64) -> Result<f64> {

@@ -21,6 +21,10 @@ pub enum Code {
     Incomplete,
     /// Bytes from outside are damaged.
     CorruptData,
+    /// A file is not there.
+    NotFound,
+    /// The operating system refused to read or write a file.
+    Io,
     /// A defect of ours.
     Internal,
 }

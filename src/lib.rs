@@ -8,7 +8,7 @@
 //! | `abi` | the C functions and nothing else: check, convert, call, report |
 //! | [`context`], [`adapter`], [`allocator`] | the objects behind the handles: they check every shape and hold no buffer's contents |
 //! | [`optimizer`], [`regularizer`], [`philox`], `allocator::{schedule, importance, selection}` | AdaLoRA's arithmetic, knowing no backend and no pointer |
-//! | [`checkpoint`] | the allocator's state as bytes |
+//! | [`checkpoint`] | adapters in PEFT's files, training state beside them, the allocator's state as bytes |
 //! | [`backend`] | the operations that the objects ask for, and who computes them |
 //! | [`tensor`], [`error`] | the words that all of them share |
 

@@ -16,6 +16,7 @@ pub(super) enum Kind {
     Context = 0x6144_6c4f_0001,
     Adapter = 0x6144_6c4f_0002,
     Allocator = 0x6144_6c4f_0003,
+    Checkpoint = 0x6144_6c4f_0004,
 }
 
 impl Kind {
@@ -24,6 +25,7 @@ impl Kind {
             Self::Context => "an adalora_context_t",
             Self::Adapter => "an adalora_adapter_t",
             Self::Allocator => "an adalora_allocator_t",
+            Self::Checkpoint => "an adalora_checkpoint_t",
         }
     }
 }
@@ -45,7 +47,8 @@ impl<T> Handle<T> {
         if self.kind == kind as u64 {
             return Ok(&self.object);
         }
-        let found = [Kind::Context, Kind::Adapter, Kind::Allocator].into_iter().find(|k| *k as u64 == self.kind);
+        let kinds = [Kind::Context, Kind::Adapter, Kind::Allocator, Kind::Checkpoint];
+        let found = kinds.into_iter().find(|k| *k as u64 == self.kind);
         let found = found.map_or("no handle of this library (destroyed already?)", Kind::name);
         Err(Error::new(Code::InvalidHandle, format!("{name}: found {found}, expected {}", kind.name())))
     }
@@ -111,6 +114,8 @@ pub(super) fn guard(call: &'static str, body: impl FnOnce() -> Result<()>) -> St
         Code::BackendUnavailable => ADALORA_ERROR_BACKEND_UNAVAILABLE,
         Code::Incomplete => ADALORA_ERROR_INCOMPLETE,
         Code::CorruptData => ADALORA_ERROR_CORRUPT_DATA,
+        Code::NotFound => ADALORA_ERROR_NOT_FOUND,
+        Code::Io => ADALORA_ERROR_IO,
         Code::Internal => ADALORA_ERROR_INTERNAL,
     };
     let text = format!("{call}: {}", error.message).replace('\0', " ");

@@ -6,6 +6,7 @@
 
 mod adapter;
 mod allocator;
+mod checkpoint;
 mod context;
 mod guard;
 mod read;

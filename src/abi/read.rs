@@ -28,7 +28,7 @@ impl From<*mut c_void> for Stream {
 /// # Safety
 /// The type is `repr(C)`, begins with a `usize`, is valid for zero bytes, and every prefix of `MINIMUM` bytes
 /// or more followed by zeros is valid too.
-unsafe trait Descriptor: Copy {
+pub(super) unsafe trait Descriptor: Copy {
     /// What the first version of the interface must have had: the end of the last field that has no default.
     const MINIMUM: usize;
 }
@@ -49,13 +49,14 @@ macro_rules! descriptor {
 descriptor! {
     ContextDesc: backend, AdapterDesc: activation_dtype, Call: params, AllocatorDesc: beta2,
     Slice: exp_avg_unc, Hyper: eps, Step: step, Report: struct_size,
+    CheckpointDesc: config, AdapterEntry: rank, Tensor: dtype, AdapterInfo: struct_size,
 }
 
 /// Copies a descriptor, whatever version of the header its owner was compiled with.
 ///
 /// # Safety
 /// `from` is null, or the beginning of as many readable bytes as the descriptor's `struct_size` says.
-unsafe fn descriptor<T: Descriptor>(from: *const T, name: &str) -> Result<T> {
+pub(super) unsafe fn descriptor<T: Descriptor>(from: *const T, name: &str) -> Result<T> {
     // SAFETY: as this function asks.
     let size = unsafe { descriptor_size(from, name) }?;
     let mut copy = MaybeUninit::<T>::zeroed();
@@ -72,7 +73,7 @@ unsafe fn descriptor<T: Descriptor>(from: *const T, name: &str) -> Result<T> {
 ///
 /// # Safety
 /// As [`descriptor`].
-unsafe fn descriptor_size<T: Descriptor>(from: *const T, name: &str) -> Result<usize> {
+pub(super) unsafe fn descriptor_size<T: Descriptor>(from: *const T, name: &str) -> Result<usize> {
     if from.is_null() {
         return Err(Error::argument(name, "NULL", "the address of a descriptor"));
     }
@@ -102,7 +103,7 @@ unsafe fn descriptor_size<T: Descriptor>(from: *const T, name: &str) -> Result<u
 ///
 /// # Safety
 /// `from` is the beginning of `n` descriptors `stride` bytes apart, or `n` is 0.
-unsafe fn array<T: Descriptor>(
+pub(super) unsafe fn array<T: Descriptor>(
     from: *const T,
     stride: usize,
     n: i64,
@@ -159,7 +160,7 @@ pub(super) fn flag(value: i32, name: &str) -> Result<bool> {
     }
 }
 
-fn reserved(value: i32, name: impl std::fmt::Display) -> Result<()> {
+pub(super) fn reserved(value: i32, name: impl std::fmt::Display) -> Result<()> {
     if value == 0 { Ok(()) } else { Err(Error::argument(name, value, "0")) }
 }
 
@@ -308,7 +309,7 @@ pub(super) unsafe fn optional_matrix(from: *const Matrix, name: &str) -> Result<
     checked_matrix(&value, name).map(Some)
 }
 
-fn checked_triplets(t: &Triplets, names: [&str; 3]) -> Result<RawTriplets> {
+pub(super) fn checked_triplets(t: &Triplets, names: [&str; 3]) -> Result<RawTriplets> {
     Ok(RawTriplets {
         a: checked_matrix(&t.A, names[0])?,
         e: checked_matrix(&t.E, names[1])?,
@@ -316,7 +317,7 @@ fn checked_triplets(t: &Triplets, names: [&str; 3]) -> Result<RawTriplets> {
     })
 }
 
-const PARAMS: [&str; 3] = ["params.A", "params.E", "params.B"];
+pub(super) const PARAMS: [&str; 3] = ["params.A", "params.E", "params.B"];
 const GRADS: [&str; 3] = ["grads.A", "grads.E", "grads.B"];
 
 /// Parameters.
@@ -678,6 +679,22 @@ pub(super) unsafe fn report_size(report: *const Report) -> Result<Option<usize>>
     }
     // SAFETY: as this function asks.
     unsafe { descriptor_size(report, "report") }.map(Some)
+}
+
+/// Fills as much of the caller's structure as there is, but for its size.
+///
+/// # Safety
+/// `to` is null or the beginning of a writable structure that holds its size.
+pub(super) unsafe fn write_descriptor<T: Descriptor>(to: *mut T, name: &str, value: T) -> Result<()> {
+    // SAFETY: as this function asks.
+    let size = unsafe { descriptor_size(to, name) }?.min(size_of::<T>());
+    let head = size_of::<usize>();
+    // SAFETY: no more than the caller's room and than our value; the size comes first and stays.
+    unsafe {
+        let from = (&raw const value).cast::<u8>().add(head);
+        to.cast::<u8>().add(head).copy_from_nonoverlapping(from, size - head);
+    }
+    Ok(())
 }
 
 /// Fills as much of the caller's report as there is.

@@ -23,6 +23,10 @@ pub const ADALORA_ERROR_INCOMPLETE: i32 = 7;
 pub const ADALORA_ERROR_CORRUPT_DATA: i32 = 8;
 /// A defect of the library: the text says where. Please report it.
 pub const ADALORA_ERROR_INTERNAL: i32 = 9;
+/// A file or folder is not there; nothing was changed.
+pub const ADALORA_ERROR_NOT_FOUND: i32 = 10;
+/// The operating system refused to read or write a file: the text says which, and why. Files are as they were.
+pub const ADALORA_ERROR_IO: i32 = 11;
 
 /// Version of the interface that this header describes. It changes where a caller compiled against an older header
 /// would break.
@@ -55,6 +59,8 @@ pub extern "C" fn adalora_status_name(status: Status) -> *const c_char {
         ADALORA_ERROR_INCOMPLETE => c"ADALORA_ERROR_INCOMPLETE",
         ADALORA_ERROR_CORRUPT_DATA => c"ADALORA_ERROR_CORRUPT_DATA",
         ADALORA_ERROR_INTERNAL => c"ADALORA_ERROR_INTERNAL",
+        ADALORA_ERROR_NOT_FOUND => c"ADALORA_ERROR_NOT_FOUND",
+        ADALORA_ERROR_IO => c"ADALORA_ERROR_IO",
         _ => c"unknown status",
     };
     name.as_ptr()

@@ -23,6 +23,44 @@ pub const ADALORA_BFLOAT16: i32 = 3;
 /// IEEE 754 binary16.
 pub const ADALORA_FLOAT16: i32 = 4;
 
+/// One byte, 0 or 1. This type and those below are those of tensors in checkpoints; nothing computes with them.
+pub const ADALORA_BOOL: i32 = 5;
+/// As PyTorch's type of the name.
+pub const ADALORA_UINT8: i32 = 6;
+/// As PyTorch's type of the name.
+pub const ADALORA_INT8: i32 = 7;
+/// As PyTorch's type of the name.
+pub const ADALORA_UINT16: i32 = 8;
+/// As PyTorch's type of the name.
+pub const ADALORA_INT16: i32 = 9;
+/// As PyTorch's type of the name.
+pub const ADALORA_UINT32: i32 = 10;
+/// As PyTorch's type of the name.
+pub const ADALORA_INT32: i32 = 11;
+/// As PyTorch's type of the name.
+pub const ADALORA_UINT64: i32 = 12;
+/// As PyTorch's type of the name.
+pub const ADALORA_INT64: i32 = 13;
+/// As PyTorch's type of the name: two of binary32.
+pub const ADALORA_COMPLEX64: i32 = 14;
+/// As PyTorch's type of the name.
+pub const ADALORA_FLOAT8_E4M3FN: i32 = 15;
+/// As PyTorch's type of the name.
+pub const ADALORA_FLOAT8_E5M2: i32 = 16;
+/// As PyTorch's type of the name.
+pub const ADALORA_FLOAT8_E8M0FNU: i32 = 17;
+/// As PyTorch's type of the name.
+pub const ADALORA_FLOAT8_E4M3FNUZ: i32 = 18;
+/// As PyTorch's type of the name.
+pub const ADALORA_FLOAT8_E5M2FNUZ: i32 = 19;
+
+/// `files`: `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
+pub const ADALORA_FILES_ADAPTER: i32 = 1;
+/// `files`: `training_state.safetensors`, what training needs beside them.
+pub const ADALORA_FILES_STATE: i32 = 2;
+/// `files`: all of them.
+pub const ADALORA_FILES_ALL: i32 = 3;
+
 /// The backend that computes on the host's processor, over host memory.
 pub const ADALORA_BACKEND_CPU: i32 = 1;
 /// The backend that computes on a CUDA device, over device memory.
@@ -366,4 +404,117 @@ pub struct Report {
     pub has_pattern: i32,
     /// 1 where the pattern is final, else 0.
     pub is_final: i32,
+}
+
+/// A tensor in a checkpoint, or for one.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Tensor {
+    /// `sizeof(adalora_tensor_t)`.
+    pub struct_size: usize,
+    /// Its name in the file, of UTF-8: PEFT's begin with "base_model.model.".
+    pub name: *const c_char,
+    /// To write: its elements in host memory, row-major and without gaps; may be NULL where there is none. Of a checkpoint:
+    /// NULL.
+    pub data: *const c_void,
+    /// `n_dims` extents, 0 or more each.
+    pub shape: *const i64,
+    /// Number of dimensions, 0 to 64. Without a dimension there is one element.
+    pub n_dims: i64,
+    /// Bytes of all elements. To write: may be 0 for as many as shape and type say.
+    pub bytes: usize,
+    /// Element type: any of the `ADALORA_*` types.
+    pub dtype: DtypeCode,
+    /// Must be 0.
+    pub reserved: i32,
+}
+
+/// An adapter for a checkpoint.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct AdapterEntry {
+    /// `sizeof(adalora_adapter_entry_t)`.
+    pub struct_size: usize,
+    /// Path of its module in the model, such as "encoder.layers.0.query", of UTF-8.
+    pub name: *const c_char,
+    /// Triplets in host memory, of any of the four types that are computed with: all `rank` of them, of which the file
+    /// gets those that the pattern keeps; or these alone, where others were compacted away.
+    pub params: Triplets,
+    /// Triplets at creation (PEFT's `init_r`), the same for all adapters of a checkpoint.
+    pub rank: i64,
+    /// [rank], not 0 where the triplet is kept; then E of the others must be 0, so that the file computes what ran. NULL:
+    /// all are written, masked ones too, as training needs them that goes on.
+    pub pattern: *const u8,
+    /// `adalora_checkpoint_export_lora`: multiplier of the adapter's output; 0: what the configuration's `lora_alpha` says.
+    /// Otherwise 0.
+    pub scaling: f64,
+    /// `adalora_checkpoint_export_lora`, for a convolution: `n_kernel` extents of its kernel, in the order of the columns of
+    /// A, which run over input channels first. Otherwise NULL.
+    pub kernel: *const i64,
+    /// How many there are, 0 to 3.
+    pub n_kernel: i64,
+}
+
+/// An adapter in a checkpoint.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct AdapterInfo {
+    /// `sizeof(adalora_adapter_info_t)`, set by the caller.
+    pub struct_size: usize,
+    /// Path of its module in the model.
+    pub name: *const c_char,
+    /// [rank], 1 where the file holds the triplet, else 0; NULL where it holds all.
+    pub pattern: *const u8,
+    /// Triplets at creation, PEFT's `init_r`: what the scaling is divided by.
+    pub rank: i64,
+    /// Triplets in the file.
+    pub kept: i64,
+    /// Input features.
+    pub in_features: i64,
+    /// Output features.
+    pub out_features: i64,
+    /// Element type of A in the file.
+    pub a_dtype: DtypeCode,
+    /// Element type of E in the file.
+    pub e_dtype: DtypeCode,
+    /// Element type of B in the file.
+    pub b_dtype: DtypeCode,
+    /// 0.
+    pub reserved: i32,
+}
+
+/// What a checkpoint is made of.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct CheckpointDesc {
+    /// `sizeof(adalora_checkpoint_desc_t)`.
+    pub struct_size: usize,
+    /// Folder of the files, made if it is not there.
+    pub folder: *const c_char,
+    /// The adapter's configuration, a JSON object of UTF-8 with PEFT's names; NULL leaves the adapter's files alone. Written
+    /// are its fields, and: `peft_type` "ADALORA"; `init_r`, the adapters' rank; `rank_pattern`, from the adapters'
+    /// patterns, null where none has one; `target_modules`, the adapters' names, unless given; and `lora_alpha` 0 as the
+    /// rank that it stands for, since PEFT would take it from a cut adapter. PEFT also needs `total_step`, `tinit` and
+    /// `tfinal` to be of a schedule.
+    pub config: *const c_char,
+    /// The adapters.
+    pub adapters: *const AdapterEntry,
+    /// Bytes from one to the next.
+    pub adapter_stride: usize,
+    /// How many there are.
+    pub n_adapters: i64,
+    /// What was trained beside them, such as biases and heads.
+    pub tensors: *const Tensor,
+    /// Bytes from one to the next.
+    pub tensor_stride: usize,
+    /// How many there are.
+    pub n_tensors: i64,
+    /// A text of the trainer's own for the training state, of UTF-8; NULL leaves the file of the training state alone.
+    pub state: *const c_char,
+    /// Tensors of the training state: moments, averages, what `adalora_allocator_save_state_sync` wrote, generators.
+    pub state_tensors: *const Tensor,
+    /// Bytes from one to the next.
+    pub state_tensor_stride: usize,
+    /// How many there are.
+    pub n_state_tensors: i64,
 }

@@ -564,13 +564,13 @@ impl Allocator {
 
     /// The state as bytes.
     pub fn save_state_sync(&self, stream: Stream) -> Result<Vec<u8>> {
-        checkpoint::encode(&self.model, &self.reading()?.read_sync(stream)?)
+        checkpoint::state::encode(&self.model, &self.reading()?.read_sync(stream)?)
     }
 
     /// The state from bytes.
     pub fn load_state_sync(&self, bytes: &[u8], stream: Stream) -> Result<()> {
         let mut bound = self.writing()?;
-        let state = checkpoint::decode(&self.model, bytes)?;
+        let state = checkpoint::state::decode(&self.model, bytes)?;
         bound.write_sync(&state, stream)
     }
 }

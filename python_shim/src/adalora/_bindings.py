@@ -62,6 +62,12 @@ ADALORA_ERROR_CORRUPT_DATA = 8
 # A defect of the library: the text says where. Please report it.
 ADALORA_ERROR_INTERNAL = 9
 
+# A file or folder is not there; nothing was changed.
+ADALORA_ERROR_NOT_FOUND = 10
+
+# The operating system refused to read or write a file: the text says which, and why. Files are as they were.
+ADALORA_ERROR_IO = 11
+
 # Version of the interface that this header describes. It changes where a caller compiled against an older header would
 # break.
 ADALORA_ABI_VERSION = 1
@@ -77,6 +83,60 @@ ADALORA_BFLOAT16 = 3
 
 # IEEE 754 binary16.
 ADALORA_FLOAT16 = 4
+
+# One byte, 0 or 1. This type and those below are those of tensors in checkpoints; nothing computes with them.
+ADALORA_BOOL = 5
+
+# As PyTorch's type of the name.
+ADALORA_UINT8 = 6
+
+# As PyTorch's type of the name.
+ADALORA_INT8 = 7
+
+# As PyTorch's type of the name.
+ADALORA_UINT16 = 8
+
+# As PyTorch's type of the name.
+ADALORA_INT16 = 9
+
+# As PyTorch's type of the name.
+ADALORA_UINT32 = 10
+
+# As PyTorch's type of the name.
+ADALORA_INT32 = 11
+
+# As PyTorch's type of the name.
+ADALORA_UINT64 = 12
+
+# As PyTorch's type of the name.
+ADALORA_INT64 = 13
+
+# As PyTorch's type of the name: two of binary32.
+ADALORA_COMPLEX64 = 14
+
+# As PyTorch's type of the name.
+ADALORA_FLOAT8_E4M3FN = 15
+
+# As PyTorch's type of the name.
+ADALORA_FLOAT8_E5M2 = 16
+
+# As PyTorch's type of the name.
+ADALORA_FLOAT8_E8M0FNU = 17
+
+# As PyTorch's type of the name.
+ADALORA_FLOAT8_E4M3FNUZ = 18
+
+# As PyTorch's type of the name.
+ADALORA_FLOAT8_E5M2FNUZ = 19
+
+# `files`: `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
+ADALORA_FILES_ADAPTER = 1
+
+# `files`: `training_state.safetensors`, what training needs beside them.
+ADALORA_FILES_STATE = 2
+
+# `files`: all of them.
+ADALORA_FILES_ALL = 3
 
 # The backend that computes on the host's processor, over host memory.
 ADALORA_BACKEND_CPU = 1
@@ -125,6 +185,10 @@ class adalora_allocator_t(Structure):
     """Rank allocator over the adapters of a model: schedule, importance, selection, and with them the optimiser. May be
     used from any thread; a call whose parameter is not const runs alone on the object.
     """
+
+
+class adalora_checkpoint_t(Structure):
+    """A checkpoint that was opened to be read. May be used from any thread, by several at once."""
 
 
 class adalora_context_t(Structure):
@@ -426,6 +490,124 @@ class adalora_report_t(Structure):
         ("has_pattern", c_int32),
         # 1 where the pattern is final, else 0.
         ("is_final", c_int32),
+    ]
+
+
+class adalora_adapter_entry_t(Structure):
+    """An adapter for a checkpoint."""
+
+    _fields_ = [
+        # `sizeof(adalora_adapter_entry_t)`.
+        ("struct_size", c_size_t),
+        # Path of its module in the model, such as "encoder.layers.0.query", of UTF-8.
+        ("name", c_char_p),
+        # Triplets in host memory, of any of the four types that are computed with: all `rank` of them, of which the
+        # file gets those that the pattern keeps; or these alone, where others were compacted away.
+        ("params", adalora_triplets_t),
+        # Triplets at creation (PEFT's `init_r`), the same for all adapters of a checkpoint.
+        ("rank", c_int64),
+        # [rank], not 0 where the triplet is kept; then E of the others must be 0, so that the file computes what ran.
+        # NULL: all are written, masked ones too, as training needs them that goes on.
+        ("pattern", c_void_p),
+        # `adalora_checkpoint_export_lora`: multiplier of the adapter's output; 0: what the configuration's `lora_alpha`
+        # says. Otherwise 0.
+        ("scaling", c_double),
+        # `adalora_checkpoint_export_lora`, for a convolution: `n_kernel` extents of its kernel, in the order of the
+        # columns of A, which run over input channels first. Otherwise NULL.
+        ("kernel", c_void_p),
+        # How many there are, 0 to 3.
+        ("n_kernel", c_int64),
+    ]
+
+
+class adalora_tensor_t(Structure):
+    """A tensor in a checkpoint, or for one."""
+
+    _fields_ = [
+        # `sizeof(adalora_tensor_t)`.
+        ("struct_size", c_size_t),
+        # Its name in the file, of UTF-8: PEFT's begin with "base_model.model.".
+        ("name", c_char_p),
+        # To write: its elements in host memory, row-major and without gaps; may be NULL where there is none. Of a
+        # checkpoint: NULL.
+        ("data", c_void_p),
+        # `n_dims` extents, 0 or more each.
+        ("shape", c_void_p),
+        # Number of dimensions, 0 to 64. Without a dimension there is one element.
+        ("n_dims", c_int64),
+        # Bytes of all elements. To write: may be 0 for as many as shape and type say.
+        ("bytes", c_size_t),
+        # Element type: any of the `ADALORA_*` types.
+        ("dtype", adalora_dtype_t),
+        # Must be 0.
+        ("reserved", c_int32),
+    ]
+
+
+class adalora_checkpoint_desc_t(Structure):
+    """What a checkpoint is made of."""
+
+    _fields_ = [
+        # `sizeof(adalora_checkpoint_desc_t)`.
+        ("struct_size", c_size_t),
+        # Folder of the files, made if it is not there.
+        ("folder", c_char_p),
+        # The adapter's configuration, a JSON object of UTF-8 with PEFT's names; NULL leaves the adapter's files alone.
+        # Written are its fields, and: `peft_type` "ADALORA"; `init_r`, the adapters' rank; `rank_pattern`, from the
+        # adapters' patterns, null where none has one; `target_modules`, the adapters' names, unless given; and
+        # `lora_alpha` 0 as the rank that it stands for, since PEFT would take it from a cut adapter. PEFT also needs
+        # `total_step`, `tinit` and `tfinal` to be of a schedule.
+        ("config", c_char_p),
+        # The adapters.
+        ("adapters", POINTER(adalora_adapter_entry_t)),
+        # Bytes from one to the next.
+        ("adapter_stride", c_size_t),
+        # How many there are.
+        ("n_adapters", c_int64),
+        # What was trained beside them, such as biases and heads.
+        ("tensors", POINTER(adalora_tensor_t)),
+        # Bytes from one to the next.
+        ("tensor_stride", c_size_t),
+        # How many there are.
+        ("n_tensors", c_int64),
+        # A text of the trainer's own for the training state, of UTF-8; NULL leaves the file of the training state
+        # alone.
+        ("state", c_char_p),
+        # Tensors of the training state: moments, averages, what `adalora_allocator_save_state_sync` wrote, generators.
+        ("state_tensors", POINTER(adalora_tensor_t)),
+        # Bytes from one to the next.
+        ("state_tensor_stride", c_size_t),
+        # How many there are.
+        ("n_state_tensors", c_int64),
+    ]
+
+
+class adalora_adapter_info_t(Structure):
+    """An adapter in a checkpoint."""
+
+    _fields_ = [
+        # `sizeof(adalora_adapter_info_t)`, set by the caller.
+        ("struct_size", c_size_t),
+        # Path of its module in the model.
+        ("name", c_char_p),
+        # [rank], 1 where the file holds the triplet, else 0; NULL where it holds all.
+        ("pattern", c_void_p),
+        # Triplets at creation, PEFT's `init_r`: what the scaling is divided by.
+        ("rank", c_int64),
+        # Triplets in the file.
+        ("kept", c_int64),
+        # Input features.
+        ("in_features", c_int64),
+        # Output features.
+        ("out_features", c_int64),
+        # Element type of A in the file.
+        ("a_dtype", adalora_dtype_t),
+        # Element type of E in the file.
+        ("e_dtype", adalora_dtype_t),
+        # Element type of B in the file.
+        ("b_dtype", adalora_dtype_t),
+        # 0.
+        ("reserved", c_int32),
     ]
 
 
@@ -1024,6 +1206,170 @@ parameters, moments and averages restored. Waits for the stream.
 @param bytes Host memory; not trusted: length, version, checksum and every value are checked.
 @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state
 of adapters with other ranks. The state is then as it was.
+""",
+    ),
+    "adalora_checkpoint_write": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(("desc", POINTER(adalora_checkpoint_desc_t)),),
+        doc="""Writes a checkpoint: the adapter's files (`adapter_config.json`, `adapter_model.safetensors`), which
+PEFT reads, and the training state beside them (`training_state.safetensors`), or either.
+
+Files are replaced together: each is written beside its place and brought to the disk first. A
+process that dies in between leaves the old files, or, where several change, a folder without
+`adapter_config.json`, which nobody loads; it never leaves files of two checkpoints that look like
+one. Gradients are not part of a checkpoint: write between steps.
+
+@param desc What to write, in host memory.
+@return `ADALORA_ERROR_INVALID_ARGUMENT` names what does not fit. `ADALORA_ERROR_IO`: the files are
+as they were.
+""",
+    ),
+    "adalora_checkpoint_export_lora": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(("desc", POINTER(adalora_checkpoint_desc_t)),),
+        doc="""Writes adapters as plain LoRA, for programs that know no AdaLoRA: E and the scaling go into B, each
+element rounded once, and the same outputs come out.
+
+All adapters get one rank, the largest number of triplets whose E is not 0, filled up with zeros, and
+`lora_alpha` is the rank, so that the multiplier is 1. A is written as it is. Half precision becomes
+float32, in which the product has room. The configuration's fields of AdaLoRA are left out.
+
+@param desc As in `adalora_checkpoint_write`; `state` must be NULL.
+""",
+    ),
+    "adalora_checkpoint_open": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("folder", c_char_p),
+            ("files", c_int32),
+            ("checkpoint", POINTER(POINTER(adalora_checkpoint_t))),
+        ),
+        doc="""Opens a checkpoint that this library or PEFT wrote, and checks it: the configuration, the header of
+each file of tensors, the shapes of all adapters. Tensors are read later, from the files as they were
+now, also where others take their places meanwhile.
+
+The files are not trusted. No name in them becomes a path; what is allocated is bounded by the size
+of header and configuration, which may have 16 MiB each.
+
+@param folder Where the files are.
+@param files `ADALORA_FILES_ADAPTER`, `ADALORA_FILES_STATE` or `ADALORA_FILES_ALL`.
+@param checkpoint Receives the handle; written on success alone. Destroy it by
+`adalora_checkpoint_destroy`.
+@return `ADALORA_ERROR_NOT_FOUND` where a file is not there; `ADALORA_ERROR_CORRUPT_DATA` for a
+damaged one; `ADALORA_ERROR_INVALID_ARGUMENT` where the files do not fit together, or are not of
+AdaLoRA.
+""",
+    ),
+    "adalora_checkpoint_destroy": Function(
+        restype=None,
+        is_status=False,
+        arguments=(("checkpoint", POINTER(adalora_checkpoint_t)),),
+        doc="""Destroys a checkpoint; NULL is nothing. The files stay.""",
+    ),
+    "adalora_checkpoint_text": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("checkpoint", POINTER(adalora_checkpoint_t)),
+            ("files", c_int32),
+            ("text", c_void_p),
+            ("bytes", c_void_p),
+        ),
+        doc="""The text of `adapter_config.json`, or the one that was written with the training state.
+
+@param files `ADALORA_FILES_ADAPTER` or `ADALORA_FILES_STATE`.
+@param text Receives it, ended by a zero byte; NULL to ask for the size alone.
+@param bytes In: the room at `text`. Out: the bytes needed, the zero byte included, also where the
+room is too small.
+@return `ADALORA_ERROR_INVALID_STATE` where the checkpoint was opened without the files;
+`ADALORA_ERROR_INVALID_ARGUMENT` where the room is too small; then `text` is not written.
+""",
+    ),
+    "adalora_checkpoint_sizes": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("checkpoint", POINTER(adalora_checkpoint_t)),
+            ("files", c_int32),
+            ("n_adapters", c_void_p),
+            ("n_tensors", c_void_p),
+        ),
+        doc="""How much there is in files.
+
+@param files `ADALORA_FILES_ADAPTER` or `ADALORA_FILES_STATE`.
+@param n_adapters Receives the number of adapters, 0 for the training state; may be NULL.
+@param n_tensors Receives the number of tensors that belong to no adapter; may be NULL.
+""",
+    ),
+    "adalora_checkpoint_adapter": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("checkpoint", POINTER(adalora_checkpoint_t)),
+            ("index", c_int64),
+            ("adapter", POINTER(adalora_adapter_info_t)),
+        ),
+        doc="""What an adapter in the checkpoint is.
+
+@param index 0 or more: adapters are in the order of their names.
+@param adapter Receives it; its `struct_size` is set by the caller. What it points to lives as long
+as the checkpoint.
+""",
+    ),
+    "adalora_checkpoint_read_adapter": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("checkpoint", POINTER(adalora_checkpoint_t)),
+            ("index", c_int64),
+            ("params", POINTER(adalora_triplets_t)),
+        ),
+        doc="""Reads an adapter's triplets into host memory, converted to the types that are wanted, to the nearest.
+
+@param index As in `adalora_checkpoint_adapter`.
+@param params Receives them. With room for `rank` triplets each comes to its place, and zeros where
+the file holds none; with room for `kept` of them, those of the file come alone.
+@return `ADALORA_ERROR_INCOMPLETE` where the file could not be read to the end: `params` are
+undefined.
+""",
+    ),
+    "adalora_checkpoint_tensor": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("checkpoint", POINTER(adalora_checkpoint_t)),
+            ("files", c_int32),
+            ("index", c_int64),
+            ("tensor", POINTER(adalora_tensor_t)),
+        ),
+        doc="""What a tensor in the checkpoint is.
+
+@param files `ADALORA_FILES_ADAPTER`, for those that belong to no adapter, or `ADALORA_FILES_STATE`.
+@param index 0 or more: tensors are in the order of their names.
+@param tensor Receives it; its `struct_size` is set by the caller. What it points to lives as long as
+the checkpoint.
+""",
+    ),
+    "adalora_checkpoint_read_tensor": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("checkpoint", POINTER(adalora_checkpoint_t)),
+            ("files", c_int32),
+            ("index", c_int64),
+            ("data", c_void_p),
+            ("bytes", c_size_t),
+        ),
+        doc="""Reads a tensor's elements as they are in the file, row-major and without gaps.
+
+@param files As in `adalora_checkpoint_tensor`.
+@param index As in `adalora_checkpoint_tensor`.
+@param data Receives them, in host memory; may be NULL where there is none.
+@param bytes Room at `data`: the tensor's bytes.
+@return `ADALORA_ERROR_INCOMPLETE` where the file could not be read to the end: `data` is undefined.
 """,
     ),
     "adalora_context_create": Function(
