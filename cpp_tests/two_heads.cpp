@@ -1,16 +1,18 @@
 // A trainer of two frozen heads that read one input, in grouped calls. One head lacks a change of rank 3, the other one
-// of rank 1; both begin with 6 triplets, and together they may keep 4. The run is also resumed from a checkpoint, and
-// in the end the adapters are merged. Returns 0 where all of it holds.
+// of rank 1; both begin with 6 triplets, and together they may keep 4. The run is also resumed from checkpoints of
+// several steps, and in the end the adapters are merged. Returns 0 where all of it holds.
 #include <adalora.hpp>
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <iostream>
 #include <numeric>
 #include <optional>
 #include <random>
+#include <string>
 #include <vector>
 
 using adalora::View;
@@ -18,6 +20,7 @@ using Values = std::vector<float>;
 
 constexpr std::int64_t in = 24, tokens = 48, rank = 6, target_rank = 2, steps = 400;
 constexpr std::array<std::int64_t, 2> outs = {16, 8}, lacking = {3, 1};
+constexpr std::array<const char*, 2> module_names = {"heads.wide", "heads.narrow"};
 
 Values normal(std::uint64_t seed, std::int64_t n) {
   std::mt19937_64 engine(seed);
@@ -90,18 +93,10 @@ struct Head {
                     Trained(ADALORA_MATRIX_B, out* rank)};
 };
 
-/// With AdamW's moments and the averages of importance, which are in the triplets, a run goes on from here.
-struct Checkpoint {
-  std::vector<std::byte> allocator;
-  std::array<Triplets, 2> triplets;
-  std::int64_t step;
-};
-
 struct Trainer {
-  explicit Trainer(adalora::Context& in_context, const Checkpoint* from = nullptr) : context(in_context) {
+  explicit Trainer(adalora::Context& in_context) : context(in_context) {
     std::vector<adalora::Slice> slices;
     for (std::size_t k = 0; k < heads.size(); ++k) {
-      if (from) heads[k].triplets = from->triplets[k];
       for (Trained& t : heads[k].triplets) {
         adalora::Slice& slice = slices.emplace_back();
         slice.adapter = k, slice.matrix = t.matrix, slice.end = t.p.size();
@@ -114,7 +109,6 @@ struct Trainer {
     const adalora::AllocatorSizes bytes = allocator.sizes(slices.size());
     state = adalora::Buffer(bytes.state), step_workspace = adalora::Buffer(bytes.workspace);
     allocator.bind(state.data(), step_workspace.data(), slices, adamw);
-    if (from) allocator.load_state_sync(from->allocator), step = from->step;
     workspace = adalora::Buffer(adalora::sizes(calls(&Head::dropping), tokens).workspace);
   }
   Trainer(const Trainer&) = delete;  // The allocator keeps the members' addresses.
@@ -146,6 +140,70 @@ struct Trainer {
     return loss;
   }
 
+  /// What a run needs beside the adapters to go on, each with its name: AdamW's moments, the averages of importance, the
+  /// allocator's state, the step.
+  struct Part {
+    std::string name;
+    void* data;
+    std::int64_t bytes;
+  };
+  std::vector<Part> parts(std::vector<std::byte>& of_allocator) {
+    std::vector<Part> parts;
+    for (std::size_t k = 0; k < heads.size(); ++k) {
+      for (Trained& t : heads[k].triplets) {
+        const std::string of = std::to_string(k) + "/" + std::to_string(t.matrix) + "/";
+        const auto add = [&](const char* name, Values& values) {
+          parts.push_back({of + name, values.data(), static_cast<std::int64_t>(values.size() * sizeof(float))});
+        };
+        add("m", t.m), add("v", t.v), add("ipt", t.ipt), add("unc", t.unc);
+      }
+    }
+    parts.push_back({"allocator", of_allocator.data(), static_cast<std::int64_t>(of_allocator.size())});
+    parts.push_back({"step", &step, sizeof step});
+    return parts;
+  }
+
+  /// Where modules have these names, PEFT loads the adapters.
+  void save(const std::string& folder) {
+    std::vector<adalora::AdapterEntry> adapters(heads.size());
+    for (std::size_t k = 0; k < heads.size(); ++k) {
+      adapters[k].name = module_names[k], adapters[k].params = heads[k].matrices(&Trained::p), adapters[k].rank = rank;
+    }
+    std::vector<std::byte> of_allocator = allocator.save_state_sync();
+    const std::vector<Part> state = parts(of_allocator);
+    std::vector<adalora::Tensor> tensors;
+    for (const Part& part : state) {
+      adalora::Tensor& tensor = tensors.emplace_back();
+      tensor.name = part.name.c_str(), tensor.data = part.data, tensor.dtype = ADALORA_UINT8;
+      tensor.n_dims = 1, tensor.shape = &part.bytes;
+    }
+    adalora::CheckpointDesc desc;
+    desc.folder = folder.c_str(), desc.state = "two heads";
+    desc.config = R"({"lora_alpha": 0, "target_r": 2, "tinit": 40, "tfinal": 150, "deltaT": 10, "total_step": 400})";
+    adalora::Checkpoint::write(desc, adapters, {}, tensors);
+  }
+
+  /// Goes on where `save` was called.
+  void load(const std::string& folder) {
+    const adalora::Checkpoint from(folder, ADALORA_FILES_ALL);
+    const std::vector<adalora::AdapterInfo> adapters = from.adapters();
+    for (std::size_t i = 0; i < adapters.size(); ++i) {
+      const std::size_t k = adapters[i].name == std::string(module_names[1]);
+      from.read_adapter(static_cast<std::int64_t>(i), heads[k].matrices(&Trained::p));
+    }
+    std::vector<std::byte> of_allocator(allocator.save_state_sync().size());
+    const std::vector<Part> state = parts(of_allocator);
+    const std::vector<adalora::Tensor> tensors = from.tensors(ADALORA_FILES_STATE);
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      for (const Part& part : state) {
+        if (tensors[i].name != part.name) continue;
+        from.read_tensor(ADALORA_FILES_STATE, static_cast<std::int64_t>(i), part.data,
+                         static_cast<std::size_t>(part.bytes));
+      }
+    }
+    allocator.load_state_sync(of_allocator);
+  }
+
   void train_until(std::int64_t last) {
     while (step < last) {
       const std::uint64_t offset = ++step;  // Another step drops other elements.
@@ -175,7 +233,7 @@ struct Trainer {
   std::int64_t step = 0;
 };
 
-int main() try {
+int main(int argc, char** argv) try {
   int failures = 0;
   const auto check = [&](bool holds, const char* what) {
     if (!holds) std::cerr << "does not hold: " << what << "\n", ++failures;
@@ -185,25 +243,32 @@ int main() try {
   adalora::Context context(cpu);
   const Values x = normal(1, tokens * in);
 
+  const std::filesystem::path folder = argc > 1 ? argv[1] : "two_heads_checkpoints";
+  const std::array<std::int64_t, 6> stops = {1, 55, 105, 250, 251, steps};  // Before, while and after the budget falls.
   Trainer trainer(context);
   const double before = trainer.forward(x, trainer.calls(&Head::whole));
-  trainer.train_until(105);  // Between two masks, with the budget on its way down.
-  const Checkpoint middle{
-      trainer.allocator.save_state_sync(), {trainer.heads[0].triplets, trainer.heads[1].triplets}, trainer.step};
-  trainer.train_until(steps);
+  for (const std::int64_t stop : stops) trainer.train_until(stop), trainer.save(folder / std::to_string(stop));
   const double after = trainer.forward(x, trainer.calls(&Head::whole));
   const adalora::Snapshot end = trainer.allocator.read_sync();
   std::cout << "loss " << before << " -> " << after << ", ranks " << end.ranks[0] << " and " << end.ranks[1] << "\n";
   check(after < before / 50, "the loss fell to a fiftieth");
   check(end.report.is_final && end.report.live_triplets == 2 * target_rank, "the budget is reached exactly");
 
-  Trainer resumed(context, &middle);
-  resumed.train_until(steps);
+  trainer.train_until(steps + 10);
+  for (const std::int64_t stop : stops) {
+    Trainer resumed(context);
+    resumed.load(folder / std::to_string(stop));
+    resumed.train_until(steps + 10);
+    for (std::size_t k = 0; k < outs.size(); ++k) {
+      for (std::size_t t = 0; t < 3; ++t) {
+        const Trained &one = resumed.heads[k].triplets[t], &other = trainer.heads[k].triplets[t];
+        check(one.p == other.p && one.v == other.v && one.unc == other.unc, "a resumed run ends with the same bits");
+      }
+    }
+  }
+  trainer.forward(x, trainer.calls(&Head::whole));
   for (std::size_t k = 0; k < outs.size(); ++k) {
     Head& head = trainer.heads[k];
-    for (std::size_t t = 0; t < head.triplets.size(); ++t) {
-      check(resumed.heads[k].triplets[t].p == head.triplets[t].p, "a resumed run ends with the same bits");
-    }
     Values weight = head.base, merged(head.y.size());
     head.whole.merge(head.matrices(&Trained::p), /*scaling*/ 0, false, View(weight.data(), head.out, in));
     linear(x, weight, merged);  // Beside head.y, which base and adapter computed from the same x.

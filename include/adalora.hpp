@@ -122,6 +122,10 @@ using Slice = Sized<adalora_slice_t>;
 using Hyper = Sized<adalora_hyper_t>;
 using Step = Sized<adalora_step_t>;
 using Report = Sized<adalora_report_t>;
+using CheckpointDesc = Sized<adalora_checkpoint_desc_t>;
+using AdapterEntry = Sized<adalora_adapter_entry_t>;
+using AdapterInfo = Sized<adalora_adapter_info_t>;
+using Tensor = Sized<adalora_tensor_t>;
 
 /// The descriptors that a call takes: one of them, or a container of them (std::vector, std::array; not a braced list,
 /// which would end before the call). It does not own them.
@@ -462,6 +466,88 @@ class Allocator {
   std::int64_t n_adapters_ = 0;
   std::int64_t total_rank_ = 0;
   detail::Handle<adalora_allocator_t, adalora_allocator_destroy> handle_;
+};
+
+// Checkpoint ---------------------------------------------------------------------------------------------------------
+
+/// Adapters in PEFT's files, and training state beside them. An object is one that is read; writing needs none.
+class Checkpoint {
+ public:
+  explicit Checkpoint(const std::string& folder, std::int32_t files = ADALORA_FILES_ADAPTER) {
+    detail::require_abi_version(adalora_abi_version());
+    adalora_checkpoint_t* handle = nullptr;
+    check(adalora_checkpoint_open(folder.c_str(), files, &handle));
+    handle_.reset(handle);
+  }
+
+  /// The descriptor says folder, configuration and the state's text; its own lists are not read.
+  static void write(const CheckpointDesc& desc, Span<AdapterEntry> adapters, Span<Tensor> tensors = {},
+                    Span<Tensor> state_tensors = {}) {
+    const CheckpointDesc filled = with_lists(desc, adapters, tensors, state_tensors);
+    check(adalora_checkpoint_write(&filled));
+  }
+
+  /// Likewise.
+  static void export_lora(const CheckpointDesc& desc, Span<AdapterEntry> adapters, Span<Tensor> tensors = {}) {
+    const CheckpointDesc filled = with_lists(desc, adapters, tensors, {});
+    check(adalora_checkpoint_export_lora(&filled));
+  }
+
+  /// The handle for the C interface, which stays this object's.
+  adalora_checkpoint_t* get() const noexcept { return handle_.get(); }
+
+  /// The configuration, or the state's text.
+  std::string text(std::int32_t files) const {
+    std::size_t bytes = 0;
+    check(adalora_checkpoint_text(get(), files, nullptr, &bytes));
+    std::string text(bytes, '\0');
+    check(adalora_checkpoint_text(get(), files, text.data(), &bytes));
+    text.resize(bytes - 1);
+    return text;
+  }
+
+  /// All adapters, in the order of their indices. What they point to lives as long as this object.
+  std::vector<AdapterInfo> adapters() const {
+    std::int64_t n = 0;
+    check(adalora_checkpoint_sizes(get(), ADALORA_FILES_ADAPTER, &n, nullptr));
+    std::vector<AdapterInfo> result(static_cast<std::size_t>(n));
+    for (std::int64_t i = 0; i < n; ++i) check(adalora_checkpoint_adapter(get(), i, &result[static_cast<std::size_t>(i)]));
+    return result;
+  }
+
+  /// The room decides whether all triplets come or those of the file.
+  void read_adapter(std::int64_t index, const adalora_triplets_t& params) const {
+    check(adalora_checkpoint_read_adapter(get(), index, &params));
+  }
+
+  /// All tensors of the files that belong to no adapter, in the order of their indices. What they point to lives as long
+  /// as this object.
+  std::vector<Tensor> tensors(std::int32_t files) const {
+    std::int64_t n = 0;
+    check(adalora_checkpoint_sizes(get(), files, nullptr, &n));
+    std::vector<Tensor> result(static_cast<std::size_t>(n));
+    for (std::int64_t i = 0; i < n; ++i) {
+      check(adalora_checkpoint_tensor(get(), files, i, &result[static_cast<std::size_t>(i)]));
+    }
+    return result;
+  }
+
+  /// `bytes` are the tensor's.
+  void read_tensor(std::int32_t files, std::int64_t index, void* data, std::size_t bytes) const {
+    check(adalora_checkpoint_read_tensor(get(), files, index, data, bytes));
+  }
+
+ private:
+  static CheckpointDesc with_lists(CheckpointDesc desc, Span<AdapterEntry> adapters, Span<Tensor> tensors,
+                                   Span<Tensor> state_tensors) {
+    desc.adapters = adapters.data(), desc.adapter_stride = sizeof(AdapterEntry), desc.n_adapters = adapters.size();
+    desc.tensors = tensors.data(), desc.tensor_stride = sizeof(Tensor), desc.n_tensors = tensors.size();
+    desc.state_tensors = state_tensors.data(), desc.state_tensor_stride = sizeof(Tensor);
+    desc.n_state_tensors = state_tensors.size();
+    return desc;
+  }
+
+  detail::Handle<adalora_checkpoint_t, adalora_checkpoint_destroy> handle_;
 };
 
 }  // namespace adalora

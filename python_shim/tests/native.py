@@ -27,6 +27,17 @@ def run_program(folder: Path, source: str) -> str:
     return subprocess.run([built], check=True, capture_output=True, text=True).stdout
 
 
+def cpp_program(folder: Path, name: str, library: str) -> Path:
+    """Compile a C++ program of the repository's tests against the library; returns the file."""
+    soname, built = folder / "libadalora.so.0", folder / name
+    if not soname.exists():
+        soname.symlink_to(library)
+    source = HEADER.parents[1] / "cpp_tests" / f"{name}.cpp"
+    link = ["-L", folder, "-l:libadalora.so.0", f"-Wl,-rpath,{folder}"]
+    subprocess.run(["c++", "-std=c++17", "-O1", "-I", HEADER.parent, "-o", built, source, *link], check=True)
+    return built
+
+
 def forwarding_source(real: str, function: str, statement: str) -> str:
     """C text of a library that hands every call to the one at `real`, but runs a statement first in one function.
 

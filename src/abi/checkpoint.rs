@@ -379,17 +379,27 @@ unsafe fn path(from: *const c_char, name: &str) -> Result<PathBuf> {
 /// `desc` is null or the beginning of a readable descriptor; so are the elements of its arrays, and all that they point
 /// to is readable during the call.
 unsafe fn contents<'a>(desc: *const CheckpointDesc) -> Result<Save<'a>> {
-    // SAFETY: here and below, as this function asks.
+    // SAFETY: as this function asks.
     let d = unsafe { read::descriptor(desc, "desc") }?;
-    let folder = unsafe { path(d.folder, "desc.folder") }?;
-    let config = unsafe { optional_text(d.config, "desc.config") }?;
+    // SAFETY: as this function asks.
+    let (folder, config, state) = unsafe {
+        (path(d.folder, "desc.folder")?, optional_text(d.config, "desc.config")?, optional_text(d.state, "desc.state")?)
+    };
     let mut adapters = reserve(read::count(d.n_adapters, "desc.n_adapters")?, "adapters")?;
+    // SAFETY: as this function asks.
     for (i, entry) in unsafe { read::array(d.adapters, d.adapter_stride, d.n_adapters, "adapters") }?.enumerate() {
-        adapters.push(unsafe { source(&entry?) }.at_index("adapters", i)?);
+        let entry = entry?;
+        // SAFETY: as this function asks.
+        adapters.push(unsafe { source(&entry) }.at_index("adapters", i)?);
     }
-    let tensors = unsafe { entries(d.tensors, d.tensor_stride, d.n_tensors, "tensors") }?;
-    let state_tensors = unsafe { entries(d.state_tensors, d.state_tensor_stride, d.n_state_tensors, "state_tensors") }?;
-    let state = match unsafe { optional_text(d.state, "desc.state") }? {
+    // SAFETY: as this function asks.
+    let (tensors, state_tensors) = unsafe {
+        (
+            entries(d.tensors, d.tensor_stride, d.n_tensors, "tensors")?,
+            entries(d.state_tensors, d.state_tensor_stride, d.n_state_tensors, "state_tensors")?,
+        )
+    };
+    let state = match state {
         Some(text) => Some((text, state_tensors)),
         None if state_tensors.is_empty() => None,
         None => return Err(Error::argument("desc.state", "NULL", "a text, since there are state_tensors")),
@@ -400,7 +410,7 @@ unsafe fn contents<'a>(desc: *const CheckpointDesc) -> Result<Save<'a>> {
 /// # Safety
 /// As [`contents`].
 unsafe fn source<'a>(d: &AdapterEntry) -> Result<Source<'a>> {
-    // SAFETY: here and below, as this function asks.
+    // SAFETY: as this function asks.
     let name = unsafe { text(d.name, "name") }?;
     if name.is_empty() {
         return Err(Error::argument("name", "an empty text", "the path of a module"));
@@ -410,13 +420,16 @@ unsafe fn source<'a>(d: &AdapterEntry) -> Result<Source<'a>> {
     let e = column(&e)?;
     let pattern = match d.pattern.is_null() {
         true => None,
+        // SAFETY: as this function asks.
         false => Some(unsafe { read::bytes(d.pattern.cast(), rank, "pattern") }?),
     };
     if !d.scaling.is_finite() {
         return Err(Error::argument("scaling", d.scaling, "a finite number, or 0 for the configuration's"));
     }
+    // SAFETY: as this function asks.
     let kernel = unsafe { extents(d.kernel, d.n_kernel, 3, ["kernel", "n_kernel"]) }?;
-    let [a, e, b] = [a, e, b].map(|matrix| unsafe { readable(matrix) });
+    // SAFETY: as this function asks.
+    let (a, e, b) = unsafe { (readable(a), readable(e), readable(b)) };
     Ok(Source { name: name.to_owned(), rank, a, e, b, pattern, scaling: d.scaling, kernel })
 }
 
@@ -436,11 +449,12 @@ unsafe fn entries<'a>(from: *const Tensor, stride: usize, n: i64, name: &'static
 /// # Safety
 /// As [`contents`].
 unsafe fn entry<'a>(d: &Tensor) -> Result<Entry<'a>> {
-    // SAFETY: here and below, as this function asks.
+    // SAFETY: as this function asks.
     let name = unsafe { text(d.name, "name") }?;
     let known = CODES.iter().find(|(code, _)| *code == d.dtype);
     let (_, dtype) = known.ok_or_else(|| Error::argument("dtype", d.dtype, "one of the ADALORA_* types, 1 to 19"))?;
     read::reserved(d.reserved, "reserved")?;
+    // SAFETY: as this function asks.
     let shape = unsafe { extents(d.shape, d.n_dims, MOST_DIMENSIONS, ["shape", "n_dims"]) }?;
     let size = tensors::element_size(*dtype).unwrap_or(0);
     let bytes = shape.iter().try_fold(size, |n, d| n.checked_mul(*d));
@@ -448,6 +462,7 @@ unsafe fn entry<'a>(d: &Tensor) -> Result<Entry<'a>> {
     if d.bytes != 0 && d.bytes != bytes {
         return Err(Error::argument("bytes", d.bytes, format_args!("0, or {bytes} as shape and type say")));
     }
+    // SAFETY: as this function asks.
     let data = unsafe { read::bytes(d.data, bytes, "data") }?;
     Ok(Entry { name: name.to_owned(), dtype: *dtype, shape, content: checkpoint::borrowed(data) })
 }

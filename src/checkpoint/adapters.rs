@@ -1,5 +1,5 @@
-//! The triplets of an adapter in a file: `lora_A` [kept, in], `lora_E` [kept, 1], `lora_B` [out, kept], where the rank
-//! pattern says which of the adapter's triplets are kept.
+//! The triplets of an adapter in a file: rows of `lora_A` and of the column `lora_E`, columns of `lora_B`, for those
+//! that the rank pattern keeps.
 
 use super::config::Config;
 use super::tensors::{Content, Entry, Tensor, TensorFile, computed, stored};
@@ -71,6 +71,9 @@ impl Matrix<'_> {
     }
 }
 
+/// Takes the number of a row and its bytes.
+pub type WriteRow<'a> = Box<dyn FnMut(usize, &[u8]) + 'a>;
+
 /// A matrix in the caller's memory, to be written.
 pub struct MatrixMut<'a> {
     /// Number of rows.
@@ -80,7 +83,7 @@ pub struct MatrixMut<'a> {
     /// Element type.
     pub dtype: Dtype,
     /// Writes a row.
-    pub write_row: Box<dyn FnMut(usize, &[u8]) + 'a>,
+    pub write_row: WriteRow<'a>,
 }
 
 /// An adapter to write.
@@ -89,13 +92,13 @@ pub struct Source<'a> {
     pub name: String,
     /// Triplets at creation.
     pub rank: usize,
-    /// Right vectors, [rank or kept, in].
+    /// Right vectors: `rank` or kept rows.
     pub a: Matrix<'a>,
-    /// Values, [rank or kept, 1].
+    /// Values: a column.
     pub e: Matrix<'a>,
-    /// Left vectors, [out, rank or kept].
+    /// Left vectors: `rank` or kept columns.
     pub b: Matrix<'a>,
-    /// [rank], not 0 where the triplet is kept; `None`: all are.
+    /// Of `rank` triplets, not 0 where one is kept; `None`: all are.
     pub pattern: Option<&'a [u8]>,
     /// Multiplier of the output; 0: what the configuration says.
     pub scaling: f64,
@@ -194,7 +197,7 @@ pub struct Found {
     pub in_features: usize,
     /// Output features.
     pub out_features: usize,
-    /// [rank], 1 where the triplet is in the file; `None`: all are.
+    /// Of `rank` triplets, 1 where one is in the file; `None`: all are.
     pub pattern: Option<Vec<u8>>,
     /// Types of A, E and B.
     pub dtypes: [Dtype; 3],
@@ -218,6 +221,10 @@ pub fn find(file: &TensorFile, mut config: Config, config_path: &Path) -> Result
             Some((path, factor)) => parts.entry(path).or_default()[factor] = Some(i),
             None => beside.push(i),
         }
+    }
+    if let Some(path) = config.rank_pattern.keys().find(|path| !parts.contains_key(path.as_str())) {
+        let found = format!("{:?} in rank_pattern", format!("{path}.lora_E"));
+        return Err(super::misfit(config_path, found, "names of adapters that are in the file of tensors"));
     }
     let mut adapters = reserve(parts.len(), "adapters")?;
     for (path, parts) in parts {
@@ -267,10 +274,6 @@ pub fn find(file: &TensorFile, mut config: Config, config_path: &Path) -> Result
             dtypes: [a.2, e.2, b.2],
             tensors: [a.0, e.0, b.0],
         });
-    }
-    if let Some(path) = config.rank_pattern.keys().next() {
-        let found = format!("{:?} in rank_pattern", format!("{path}.lora_E"));
-        return Err(super::misfit(config_path, found, "names of adapters that are in the file of tensors"));
     }
     Ok((adapters, beside))
 }

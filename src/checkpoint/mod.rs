@@ -155,9 +155,10 @@ impl Checkpoint {
     /// The training state's text.
     pub fn state_text(&self) -> Result<&str> {
         let state = self.state()?;
-        state.metadata(STATE_TEXT).ok_or_else(|| {
-            state.misfit(format_args!("no {STATE_TEXT:?} among the metadata"), "what adalora_checkpoint_write wrote")
-        })
+        state
+            .metadata(STATE_TEXT)
+            .filter(|text| !text.contains('\0'))
+            .ok_or_else(|| state.corrupt(format_args!("no text {STATE_TEXT:?}"), "what adalora_checkpoint_write wrote"))
     }
 }
 

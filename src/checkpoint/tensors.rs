@@ -218,12 +218,12 @@ impl TensorFile {
         read.map_err(|e| failed(&self.path, "reading", &e))
     }
 
-    /// The file is whole, and holds what does not fit.
-    pub fn misfit(&self, found: impl fmt::Display, expected: impl fmt::Display) -> Error {
-        super::misfit(&self.path, found, expected)
+    /// The file is damaged.
+    pub fn corrupt(&self, found: impl fmt::Display, expected: impl fmt::Display) -> Error {
+        corrupt(&self.path, found, expected)
     }
 
-    /// As [`Self::misfit`], of one tensor.
+    /// The file is whole, and holds a tensor that does not fit.
     pub fn misfit_of(&self, name: &str, found: impl fmt::Display, expected: impl fmt::Display) -> Error {
         Error::argument(format_args!("{}: {name}", self.path.display()), found, expected)
     }

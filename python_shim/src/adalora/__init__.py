@@ -5,8 +5,10 @@ The mathematics happens in a native library, over arrays that stay the caller's:
 - `Context`: what computes.
 - `Adapter`: one layer's adapter; `GroupCall` (or `Adapter.call`): its forward and backward pass, prepared once.
 - `Allocator`: schedule, importance and selection over all adapters of a model, and AdamW.
+- `checkpoint`: adapters in PEFT's files, and training state beside them.
 """
 
+from . import checkpoint
 from ._library import Library, load
 from .adapter import Adapter, Dropout, GroupCall, Share, Stage
 from .allocator import Allocator, Budget, Hyper, Sizes, Slice, Standing, StepValues, Training
@@ -16,12 +18,14 @@ from .errors import (
     AdaLoRAError,
     BackendUnavailableError,
     CorruptDataError,
+    FileError,
     IncompleteError,
     InternalError,
     InvalidArgumentError,
     InvalidHandleError,
     InvalidStateError,
     LibraryLoadError,
+    NotFoundError,
     OutOfMemoryError,
     UnsupportedError,
 )
@@ -38,6 +42,7 @@ __all__ = [
     "Context",
     "CorruptDataError",
     "Dropout",
+    "FileError",
     "GroupCall",
     "Hyper",
     "IncompleteError",
@@ -47,6 +52,7 @@ __all__ = [
     "InvalidStateError",
     "Library",
     "LibraryLoadError",
+    "NotFoundError",
     "OutOfMemoryError",
     "Share",
     "Sizes",
@@ -58,5 +64,6 @@ __all__ = [
     "Triplets",
     "UnsupportedError",
     "aligned_bytes",
+    "checkpoint",
     "load",
 ]

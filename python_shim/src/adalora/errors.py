@@ -68,6 +68,18 @@ class CorruptDataError(AdaLoRAError, ValueError):
     status = c.ADALORA_ERROR_CORRUPT_DATA
 
 
+class NotFoundError(AdaLoRAError, FileNotFoundError):
+    """A file or folder is not there; nothing was changed."""
+
+    status = c.ADALORA_ERROR_NOT_FOUND
+
+
+class FileError(AdaLoRAError, OSError):
+    """The operating system refused to read or write a file: the message says why. Files are as they were."""
+
+    status = c.ADALORA_ERROR_IO
+
+
 class InternalError(AdaLoRAError):
     """A defect of the library: the message says where. Please report it."""
 
@@ -89,6 +101,8 @@ _CLASSES = (
     BackendUnavailableError,
     IncompleteError,
     CorruptDataError,
+    NotFoundError,
+    FileError,
     InternalError,
 )
 _BY_STATUS: dict[int, type[AdaLoRAError]] = {error.status: error for error in _CLASSES}

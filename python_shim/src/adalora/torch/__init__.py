@@ -13,7 +13,7 @@
 
 from . import operators  # noqa: F401
 from .allocator import RankAllocator
-from .checkpoint import load_adapter, load_training_state, save_adapter, save_training_state
+from .checkpoint import export_lora, load_adapter, load_training_state, save_adapter, save_training_state
 from .config import AdaLoraConfig
 from .convolution import SVDConv1d, SVDConv2d, svd_conv
 from .embedding import SVDEmbedding
@@ -50,6 +50,7 @@ __all__ = [
     "adapt",
     "delete_adapter",
     "disable_adapters",
+    "export_lora",
     "get_config",
     "load_adapter",
     "load_training_state",

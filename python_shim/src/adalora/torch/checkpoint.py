@@ -9,18 +9,17 @@ import os
 import random
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping
-from functools import cache
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .. import checkpoint as files
+from ..arrays import Triplets
+from ..checkpoint import Checkpoint, SavedAdapter, TensorInfo
 from ..errors import CorruptDataError, InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
 from .layers import SVDLayer
@@ -36,12 +35,43 @@ _PREFIX = "base_model.model."
 _DICTS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    rank_pattern: Mapping[str, Sequence[bool]] | None = None,
+) -> None:
     """Save an adapter, and what is trained beside it, as PEFT does: `PeftModel.from_pretrained` loads the folder.
 
-    Tensors are saved as they are, masked triplets too, and `rank_pattern` is null: what is saved is what ran.
+    Tensors are saved as they are, masked triplets too, and `rank_pattern` is null: what is saved is what ran, and a run
+    may go on from it. Once the ranks are fixed, `rank_pattern` makes the files smaller.
 
-    Each file is replaced as a whole or not at all.
+    Files are replaced together or not at all.
+
+    Args:
+        model: what `adapt` returned.
+        folder: made if it is not there.
+        adapter_name: which adapter.
+        rank_pattern: save these triplets alone, for inference: what `RankAllocator.rank_pattern` returns. E of all
+            others has to be 0.
+
+    """
+    config = get_config(model, adapter_name)
+    layers = named_adapters(model, adapter_name)
+    files.save(
+        folder,
+        config=config.to_dict(),
+        adapters=_saved_adapters(layers, adapter_name, rank_pattern),
+        tensors={key: _plain(tensor, key) for key, tensor in _tensors_beside(model, config, layers).items()},
+    )
+
+
+def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Save an adapter as plain LoRA, for programs that know no AdaLoRA; E and the scaling go into B.
+
+    The outputs are the same, to the rounding of B's elements. All layers get one rank, the largest number of triplets
+    that is left in any of them, filled up with zeros, so that the files need no pattern of ranks.
 
     Args:
         model: what `adapt` returned.
@@ -51,16 +81,34 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     """
     config = get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
-    tensors = _adapter_tensors(layers, adapter_name) | _tensors_beside(model, config, layers)
-    plain = {key: _plain(tensor, key) for key, tensor in tensors.items()}
-    values = {**config.to_dict(), "rank_pattern": None}
-    _write(
+    files.export_lora(
         folder,
-        {
-            CONFIG_FILE: json.dumps(values, indent=2, sort_keys=True).encode() + b"\n",
-            ADAPTER_FILE: safetensors.torch.save(plain, {"format": "pt"}),
-        },
+        config=config.to_dict(),
+        adapters=_saved_adapters(layers, adapter_name, None),
+        tensors={key: _plain(tensor, key) for key, tensor in _tensors_beside(model, config, layers).items()},
     )
+
+
+def _saved_adapters(
+    layers: Mapping[str, SVDLayer], adapter_name: str, rank_pattern: Mapping[str, Sequence[bool]] | None
+) -> dict[str, SavedAdapter]:
+    if rank_pattern is not None and rank_pattern.keys() != layers.keys():
+        raise InvalidArgumentError(
+            f"rank_pattern: expected the adapted layers, {_few(layers)}, found {_few(rank_pattern) or 'none'}"
+        )
+    return {
+        path: SavedAdapter(
+            Triplets(
+                *(
+                    _plain(p, f"{_PREFIX}{path}.lora_{name}")
+                    for name, p in zip("AEB", layer.triplets(adapter_name), strict=True)
+                )
+            ),
+            layer.ranknum[adapter_name],
+            None if rank_pattern is None else rank_pattern[path],
+        )
+        for path, layer in layers.items()
+    }
 
 
 def load_adapter(
@@ -92,29 +140,28 @@ def load_adapter(
         InvalidStateError: the adapter is merged. The model is unchanged.
 
     """
-    folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE, is_trainable)
-    is_new = adapter_name not in getattr(model, "adalora_config", {})
-    if is_new:
-        with warnings.catch_warnings():
-            # Once is enough: `adapt` looks again.
-            warnings.simplefilter("ignore")
-            matched = matching_modules(model, config)
-        layers = {path: svd_layer(each) for path, each in matched.items()}
-    else:
-        layers = named_adapters(model, adapter_name)
-        _check_present(layers, get_config(model, adapter_name), config, adapter_name, is_trainable)
+    with Checkpoint(folder) as checkpoint:
+        config = _read_config(checkpoint, Path(folder) / CONFIG_FILE, is_trainable)
+        is_new = adapter_name not in getattr(model, "adalora_config", {})
+        if is_new:
+            with warnings.catch_warnings():
+                # Once is enough: `adapt` looks again.
+                warnings.simplefilter("ignore")
+                matched = matching_modules(model, config)
+            layers = {path: svd_layer(each) for path, each in matched.items()}
+        else:
+            layers = named_adapters(model, adapter_name)
+            _check_present(layers, get_config(model, adapter_name), config, adapter_name, is_trainable)
 
-    expected = {key: (tuple(t.shape), t.dtype) for key, t in _tensors_beside(model, config, layers).items()}
-    r = config.init_r
-    for path, layer in layers.items():
-        for name, shape in ("A", (r, layer.in_features)), ("E", (r, 1)), ("B", (layer.out_features, r)):
-            expected[f"{_PREFIX}{path}.lora_{name}"] = shape, torch.float32
-    values, _ = _read(folder / ADAPTER_FILE)
-    if config.bias == "all":
-        _drop_doubles(values, saved_modules(model, config))
-    _restore_masked(values, config, layers, folder)
-    _check_tensors(values, expected, folder / ADAPTER_FILE)
+        expected = {key: (tuple(t.shape), t.dtype) for key, t in _tensors_beside(model, config, layers).items()}
+        for path, layer in layers.items():
+            shapes = _shapes(config.init_r, layer.in_features, layer.out_features)
+            expected |= {f"{_PREFIX}{path}.lora_{name}": (shape, torch.float32) for name, shape in shapes.items()}
+        found = _found(checkpoint)
+        if config.bias == "all":
+            _drop_doubles(found, saved_modules(model, config))
+        _check_tensors(found, expected, Path(folder) / ADAPTER_FILE)
+        values = _values(checkpoint, found)
 
     if is_new:
         adapt(model, config, adapter_name)
@@ -124,6 +171,29 @@ def load_adapter(
         for key, target in targets.items():
             target.copy_(values[key])
     return model
+
+
+def _shapes(r: int, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
+    return {"A": (r, in_features), "E": (r, 1), "B": (out_features, r)}
+
+
+def _found(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of all tensors, as they are once masked triplets are back in their places."""
+    found = {key: (info.shape, _dtype(info)) for key, info in checkpoint.tensors.items()}
+    for path, info in checkpoint.adapters.items():
+        shapes = _shapes(info.rank, info.in_features, info.out_features)
+        for (name, shape), dtype in zip(shapes.items(), info.dtypes, strict=True):
+            found[f"{_PREFIX}{path}.lora_{name}"] = shape, getattr(torch, dtype)
+    return found
+
+
+def _values(checkpoint: Checkpoint, wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    values = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in wanted.items()}
+    for path in checkpoint.adapters:
+        checkpoint.read_adapter(path, Triplets(*(values[f"{_PREFIX}{path}.lora_{name}"] for name in "AEB")))
+    for key in checkpoint.tensors.keys() & values.keys():
+        checkpoint.read_tensor(key, values[key])
+    return values
 
 
 def _adapter_tensors(layers: Mapping[str, SVDLayer], adapter_name: str) -> dict[str, Tensor]:
@@ -154,13 +224,8 @@ def _tensors_beside(model: nn.Module, config: AdaLoraConfig, layers: Collection[
     return tensors
 
 
-def _read_config(path: Path, is_trainable: bool) -> AdaLoraConfig:
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptDataError(f"{path}: expected JSON, found what is not: {error}") from None
-    if not isinstance(values, dict):
-        raise CorruptDataError(f"{path}: expected a JSON object, found {type(values).__name__}")
+def _read_config(checkpoint: Checkpoint, path: Path, is_trainable: bool) -> AdaLoraConfig:
+    values = checkpoint.config
     values["inference_mode"] = not is_trainable
     # PEFT lists every usual name of a head there, of which the model has some; they come with the task type.
     saved, heads = values.get("modules_to_save"), TASK_HEADS.get(str(values.get("task_type")), ())
@@ -182,63 +247,44 @@ def _check_present(
     if trainable and present.inference_mode:
         raise InvalidArgumentError("is_trainable: expected False, since the adapter has inference_mode, found True")
     # Shapes show most differences, but not a different scaling.
-    for name in ("init_r", "lora_alpha"):
-        ours, found = getattr(present, name), getattr(config, name)
-        if ours != found:
-            raise InvalidArgumentError(f"{name}: expected {ours}, as the adapter in the model has, found {found}")
+    if present.init_r != config.init_r:
+        raise InvalidArgumentError(
+            f"init_r: expected {present.init_r}, as the adapter in the model has, found {config.init_r}"
+        )
+    # 0 stands for the rank, and is written as it.
+    ours, found = (each.lora_alpha or each.init_r for each in (present, config))
+    if ours != found:
+        raise InvalidArgumentError(f"lora_alpha: expected {ours}, as the adapter in the model has, found {found}")
 
 
-def _drop_doubles(values: dict[str, Tensor], saved: Collection[str]) -> None:
+def _drop_doubles(values: dict[str, Any], saved: Collection[str]) -> None:
     """Drop what PEFT saves twice with `bias="all"`: biases of modules that are saved whole."""
     doubles = tuple(f"{_PREFIX}{path}.{copy}." for path in saved for copy in ("original_module", "modules_to_save"))
     for key in [key for key in values if key.startswith(doubles)]:
         del values[key]
 
 
-def _restore_masked(values: dict[str, Tensor], config: AdaLoraConfig, layers: Collection[str], folder: Path) -> None:
-    """Put the triplets that PEFT saved back in their places: it cuts those off that `rank_pattern` masks."""
-    for name, kept in (config.rank_pattern or {}).items():
-        # PEFT's names end in the adapter's name, or not.
-        path = name.rpartition(".lora_E")[0]
-        where = f"{folder / CONFIG_FILE}: rank_pattern"
-        if path not in layers:
-            raise InvalidArgumentError(f"{where}: expected names of lora_E of adapted modules, found {name!r}")
-        if len(kept) != config.init_r:
-            raise InvalidArgumentError(f"{where}[{name!r}]: expected init_r, {config.init_r} values, found {len(kept)}")
-        for factor, dim in ("A", 0), ("E", 0), ("B", 1):
-            key = f"{_PREFIX}{path}.lora_{factor}"
-            cut = values.get(key)
-            if cut is None:
-                continue
-            if cut.dim() != 2 or cut.shape[dim] != sum(kept):
-                raise InvalidArgumentError(
-                    f"{folder / ADAPTER_FILE}: {key}: expected the {sum(kept)} triplets that rank_pattern keeps in "
-                    f"dimension {dim}, found shape {tuple(cut.shape)}"
-                )
-            shape = list(cut.shape)
-            shape[dim] = len(kept)
-            values[key] = cut.new_zeros(shape).index_copy_(dim, torch.tensor(kept).nonzero().flatten(), cut)
-
-
 def _check_tensors(
-    values: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], path: Path
+    found: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    path: Path,
 ) -> None:
-    missing, unexpected = expected.keys() - values.keys(), values.keys() - expected.keys()
+    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or unexpected:
         raise InvalidArgumentError(
-            f"{path}: expected the adapter's {len(expected)} tensors, found {len(values)}"
+            f"{path}: expected the adapter's {len(expected)} tensors, found {len(found)}"
             + (f", without {_few(missing)}" if missing else "")
             + (f", unexpected {_few(unexpected)}" if unexpected else "")
         )
     for key, (shape, dtype) in expected.items():
-        value = values[key]
-        if value.shape != shape:
-            raise InvalidArgumentError(f"{path}: {key}: expected shape {shape}, found {tuple(value.shape)}")
-        if dtype.is_floating_point != value.is_floating_point() or (
-            not dtype.is_floating_point and value.dtype != dtype
+        its_shape, its_dtype = found[key]
+        if its_shape != shape:
+            raise InvalidArgumentError(f"{path}: {key}: expected shape {shape}, found {its_shape}")
+        if dtype.is_floating_point != its_dtype.is_floating_point or (
+            not dtype.is_floating_point and its_dtype != dtype
         ):
             wanted = "a floating-point type" if dtype.is_floating_point else dtype
-            raise InvalidArgumentError(f"{path}: {key}: expected {wanted}, found {value.dtype}")
+            raise InvalidArgumentError(f"{path}: {key}: expected {wanted}, found {its_dtype}")
 
 
 # Training state
@@ -280,9 +326,7 @@ def save_training_state(
         state["rng"] = _rng_state()
     tensors: dict[str, Tensor] = {}
     structure = {name: _encode(value, name, tensors) for name, value in state.items()}
-    # One entry alone: the order of several differs from run to run.
-    metadata = {"training_state": json.dumps(structure, allow_nan=False)}
-    _write(folder, {STATE_FILE: safetensors.torch.save(tensors, metadata)})
+    files.save(folder, state=json.dumps(structure, allow_nan=False), state_tensors=tensors)
 
 
 def load_training_state(
@@ -319,9 +363,13 @@ def load_training_state(
     """
     path = Path(folder) / STATE_FILE
     objects = _stateful(allocator=allocator, optimizer=optimizer, scheduler=scheduler, **more)
-    tensors, metadata = _read(path)
+    with Checkpoint(folder, adapter=False, state=True) as checkpoint:
+        text, infos = checkpoint.state, checkpoint.state_tensors
+        tensors = {key: torch.empty(info.shape, dtype=_dtype(info)) for key, info in infos.items()}
+        for key, tensor in tensors.items():
+            checkpoint.read_state_tensor(key, tensor)
     try:
-        state = {name: _decode(value, tensors) for name, value in json.loads(metadata["training_state"]).items()}
+        state = {name: _decode(value, tensors) for name, value in json.loads(text).items()}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CorruptDataError(f"{path}: expected what save_training_state wrote, found {error!r}") from None
     generators = state.pop("rng", None)
@@ -424,46 +472,16 @@ def _plain(tensor: Any, name: str) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         kind = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else "other"
         raise InvalidArgumentError(f"{name}: expected a dense tensor, found {type(tensor).__name__} ({kind})")
-    if not _is_storable(tensor.dtype):
+    if str(tensor.dtype).removeprefix("torch.") not in files.DTYPES.values():
         raise InvalidArgumentError(f"{name}: expected a type that safetensors can hold, found {tensor.dtype}")
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-@cache
-def _is_storable(dtype: torch.dtype) -> bool:
-    """Whether this version of safetensors saves and loads a type."""
+def _dtype(info: TensorInfo) -> torch.dtype:
     try:
-        saved = safetensors.torch.save({"values": torch.empty(0, dtype=dtype)})
-        return safetensors.torch.load(saved)["values"].dtype == dtype
-    except (KeyError, ValueError, SafetensorError):
-        return False
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file, in memory of their own, and its metadata."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}
-    except (KeyError, SafetensorError) as error:
-        raise CorruptDataError(f"{path}: expected a whole safetensors file, found: {error}") from None
-
-
-def _write(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
-    """Write files so that each is there as a whole, or as it was: nothing is replaced before all are on the disk."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{uuid4().hex}" for name in files}
-    try:
-        for name, content in files.items():
-            with open(temporary[name], "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in files:
-            os.replace(temporary[name], folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        return getattr(torch, info.dtype)
+    except AttributeError:
+        raise InvalidArgumentError(f"{info.name}: expected a type that PyTorch has, found {info.dtype}") from None
 
 
 def _few(names: Collection[str]) -> str:
