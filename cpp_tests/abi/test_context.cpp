@@ -41,10 +41,12 @@ TEST(StatusName, NamesEveryStatus) {
       {ADALORA_ERROR_INCOMPLETE, "ADALORA_ERROR_INCOMPLETE"},
       {ADALORA_ERROR_CORRUPT_DATA, "ADALORA_ERROR_CORRUPT_DATA"},
       {ADALORA_ERROR_INTERNAL, "ADALORA_ERROR_INTERNAL"},
+      {ADALORA_ERROR_NOT_FOUND, "ADALORA_ERROR_NOT_FOUND"},
+      {ADALORA_ERROR_IO, "ADALORA_ERROR_IO"},
   };
   for (const auto& [status, name] : names) EXPECT_STREQ(adalora_status_name(status), name);
   for (adalora_status_t other :
-       {-1, 10, std::numeric_limits<adalora_status_t>::min(), std::numeric_limits<adalora_status_t>::max()})
+       {-1, 12, std::numeric_limits<adalora_status_t>::min(), std::numeric_limits<adalora_status_t>::max()})
     EXPECT_STREQ(adalora_status_name(other), "unknown status");
 }
 

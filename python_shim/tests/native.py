@@ -34,7 +34,7 @@ def cpp_program(folder: Path, name: str, library: str) -> Path:
         soname.symlink_to(library)
     source = HEADER.parents[1] / "cpp_tests" / f"{name}.cpp"
     link = ["-L", folder, "-l:libadalora.so.0", f"-Wl,-rpath,{folder}"]
-    subprocess.run(["c++", "-std=c++17", "-O1", "-I", HEADER.parent, "-o", built, source, *link], check=True)
+    subprocess.run(["c++", "-std=c++17", "-I", HEADER.parent, "-o", built, source, *link], check=True)
     return built
 
 

@@ -297,9 +297,10 @@ class _Contents:
         self.desc = c.adalora_checkpoint_desc_t(ctypes.sizeof(c.adalora_checkpoint_desc_t), os.fsencode(folder))
         if config is not None:
             try:
-                self.desc.config = _bytes(json.dumps(config, allow_nan=False), "config")
+                text = json.dumps(config, allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise InvalidArgumentError(f"config: expected what JSON can hold, found: {error}") from None
+            self.desc.config = _bytes(text, "config")
         entries = [self._entry(*item) for item in adapters.items()]
         self.desc.adapters, self.desc.adapter_stride, self.desc.n_adapters = self._array(
             c.adalora_adapter_entry_t, entries

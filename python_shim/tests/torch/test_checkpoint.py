@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
+import native
 import numpy as np
 import pytest
 import torch
@@ -447,6 +448,41 @@ def test_plain_lora_of_half_precision(tmp_path):
     prefix = "base_model.model.mix.lora_"
     found = tensors[f"{prefix}B.weight"].double() @ tensors[f"{prefix}A.weight"].double()
     torch.testing.assert_close(found, delta, rtol=1e-6, atol=1e-6)
+
+
+class TwoHeads(nn.Module):
+    """The model of the C++ trainer: its adapters' names are the modules' paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"wide": nn.Linear(24, 16), "narrow": nn.Linear(24, 8)})
+
+
+def test_cpp_trainers_and_peft(tmp_path, library):
+    trainer, reader = (native.cpp_program(tmp_path, name, library.path) for name in ("two_heads", "checkpoint_program"))
+    subprocess.run([trainer, tmp_path / "runs"], check=True, capture_output=True)
+    for step in (1, 105, 400):
+        theirs = load_in_peft(TwoHeads(), tmp_path / "runs" / str(step))
+        ours = load_adapter(TwoHeads(), tmp_path / "runs" / str(step))
+        values = load_file(tmp_path / "runs" / str(step) / ADAPTER)
+        for path, layer in named_adapters(ours).items():
+            A, E, B = (values[f"base_model.model.{path}.lora_{name}"] for name in "AEB")
+            delta = theirs.base_model.model.get_submodule(path).get_delta_weight("default")
+            torch.testing.assert_close(delta, 6 / (6 + 1e-5) * B @ (E * A))
+            torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+
+    # And back: PEFT's cut files, read by C++ with every triplet in its place.
+    pattern = {"heads.wide.lora_E.default": [False, True] * 3, "heads.narrow.lora_E.default": [False] * 3 + [True] * 3}
+    theirs.peft_config["default"].rank_pattern = pattern
+    theirs.save_pretrained(tmp_path / "cut")
+    printed = subprocess.run([reader, tmp_path / "cut"], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [line for line in printed if "adapter" in line] == [
+        f"adapter heads.{name} rank 6 kept 3" for name in ("narrow", "wide")
+    ]
+    numbers = [torch.tensor([float(v) for v in line.split()[1:]]) for line in printed if "adapter" not in line]
+    model = load_adapter(TwoHeads(), tmp_path / "cut")
+    expected = [p.flatten() for name in ("narrow", "wide") for p in model.heads[name].triplets("default")]
+    assert all(map(torch.equal, numbers, expected)) and len(numbers) == 6
 
 
 def test_names_of_adapters(tmp_path, x):
