@@ -144,6 +144,18 @@ fn round_to_odd(value: f64) -> f32 {
     f32::from_bits((nearest.to_bits() - u32::from(back.abs() > value.abs())) | 1)
 }
 
+/// As [`round_to_odd`], of a sum: which way it was rounded shows in what the rounding left over.
+#[inline(always)]
+pub(super) fn sum_to_odd(a: f32, b: f32) -> f32 {
+    let sum = a + b;
+    let of_b = sum - a;
+    let rest = (a - (sum - of_b)) + (b - of_b);
+    let inexact = rest.abs() > 0.0;
+    let away = (rest < 0.0) == (sum > 0.0);
+    let cut = (sum.to_bits().wrapping_sub(u32::from(away))) | 1;
+    f32::from_bits(if inexact { cut } else { sum.to_bits() })
+}
+
 /// Rounds a float64 to one element; returns whether it is finite there.
 ///
 /// # Safety
@@ -184,6 +196,26 @@ mod tests {
             for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
                 let value = f32::from_bits(u32::from(high) << 16 | low);
                 assert_eq!(to_bf16(value), bf16::from_f32(value).to_bits(), "{value:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_rounded_to_odd() {
+        let values =
+            [0.0, -0.0, 1.0, -1.5, 1.0 + f32::EPSILON, 3e-8, -2e-7, 1e-40, -7e-45, 65504.0, 3.4e38, f32::INFINITY];
+        let more = (0..400u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9)));
+        let values: Vec<f32> = values.into_iter().chain(more.filter(|x| !x.is_nan())).collect();
+        for a in &values {
+            for b in &values {
+                let sum = f64::from(*a) + f64::from(*b);
+                if sum.is_finite() && (sum - f64::from(*a) != f64::from(*b) || sum - f64::from(*b) != f64::from(*a)) {
+                    continue;
+                }
+                let (got, want) = (sum_to_odd(*a, *b), round_to_odd(sum));
+                let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
+                let overflow = got.is_infinite() && want.abs() == f32::MAX;
+                assert!(same || overflow || (got == 0.0 && want == 0.0), "{a:e} + {b:e}: {got:e} {want:e}");
             }
         }
     }

@@ -1,9 +1,9 @@
 //! Initial values, and the delta weight in a base's layout and type.
 
 use super::Host;
-use super::element::{is_own, load, pointer, read, write};
+use super::element::{is_own, load, pointer, read, store, sum_to_odd, write};
 use super::kernels::{Coefficients, Order, Rows, Sums, accumulate};
-use super::simd::Real;
+use super::simd::{Isa, Real};
 use crate::adapter::{Combine, Geometry, Layout};
 use crate::error::Result;
 use crate::philox::{Factor, normal};
@@ -160,21 +160,96 @@ impl Tile {
             }
         }
         let mut finite = true;
-        for i in 0..self.rows {
-            for k in 0..self.columns {
-                let delta: f64 = sum[i * COLUMNS + k].into();
-                let to = at(w, self.first + i, self.begin + k);
-                // SAFETY: an element of w. In float64, so that w is rounded once.
-                finite &= unsafe {
-                    let value = match combine {
-                        Combine::Overwrite => delta,
-                        Combine::Add => read(w.dtype, to) + delta,
-                        Combine::Subtract => read(w.dtype, to) - delta,
-                    };
-                    write(w.dtype, value, to)
-                };
-            }
+        for (i, delta) in sum.chunks_exact(COLUMNS).enumerate().take(self.rows) {
+            // SAFETY: so many elements of w.
+            finite &=
+                unsafe { add(host.isa, combine, &delta[..self.columns], w.dtype, at(w, self.first + i, self.begin)) };
         }
         finite
     }
+}
+
+/// Combines up to [`COLUMNS`] elements of a row with the delta weight, each rounded once; returns whether all are
+/// finite.
+///
+/// # Safety
+/// As many elements of `dtype` as there are of `delta` can be read and written there.
+unsafe fn add<T: Real>(isa: Isa, combine: Combine, delta: &[T], dtype: Dtype, to: Address) -> bool {
+    // SAFETY: as this function asks; the processor has the instruction set.
+    unsafe {
+        match isa {
+            Isa::Portable => add_with(combine, delta, dtype, to),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::Avx512 => add_avx2(combine, delta, dtype, to),
+        }
+    }
+}
+
+/// # Safety
+/// As [`add`], and the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn add_avx2<T: Real>(combine: Combine, delta: &[T], dtype: Dtype, to: Address) -> bool {
+    // SAFETY: as this function asks.
+    unsafe { add_with(combine, delta, dtype, to) }
+}
+
+/// # Safety
+/// As [`add`].
+#[inline(always)]
+unsafe fn add_with<T: Real>(combine: Combine, delta: &[T], dtype: Dtype, to: Address) -> bool {
+    let n = delta.len();
+    // SAFETY: as this function asks; T is float32 where it is cast to it.
+    unsafe {
+        if is_own::<T>(dtype) {
+            let w = std::slice::from_raw_parts_mut(pointer::<T>(to), n);
+            return match combine {
+                Combine::Overwrite => each(w, delta, |_, d| d),
+                Combine::Add => each(w, delta, |w, d| w + d),
+                Combine::Subtract => each(w, delta, |w, d| w - d),
+            };
+        }
+        if is_own::<T>(Dtype::Float32) && dtype.size() < size_of::<f32>() {
+            let delta = std::slice::from_raw_parts(delta.as_ptr().cast::<f32>(), n);
+            let mut wide = [0f32; COLUMNS];
+            let w = &mut wide[..n];
+            if combine != Combine::Overwrite {
+                load(dtype, to, n, w.as_mut_ptr());
+            }
+            match combine {
+                Combine::Overwrite => each(w, delta, |_, d| d),
+                Combine::Add => each(w, delta, sum_to_odd),
+                Combine::Subtract => each(w, delta, |w, d| sum_to_odd(w, -d)),
+            };
+            store(dtype, w.as_ptr(), n, to);
+            load(dtype, to, n, w.as_mut_ptr());
+            return all_finite(w);
+        }
+        let mut finite = true;
+        for (i, delta) in delta.iter().enumerate() {
+            let (to, delta) = (to.offset(i * dtype.size()), Into::<f64>::into(*delta));
+            let value = match combine {
+                Combine::Overwrite => delta,
+                Combine::Add => read(dtype, to) + delta,
+                Combine::Subtract => read(dtype, to) - delta,
+            };
+            finite &= write(dtype, value, to);
+        }
+        finite
+    }
+}
+
+/// Replaces each element of w; returns whether all are finite.
+#[inline(always)]
+fn each<T: Real>(w: &mut [T], delta: &[T], combined: impl Fn(T, T) -> T) -> bool {
+    for (w, d) in w.iter_mut().zip(delta) {
+        *w = combined(*w, *d);
+    }
+    all_finite(w)
+}
+
+/// Without a branch for each.
+#[inline(always)]
+fn all_finite<T: Real>(values: &[T]) -> bool {
+    values.iter().fold(true, |finite, x| finite & x.is_finite())
 }
