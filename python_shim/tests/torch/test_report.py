@@ -166,11 +166,39 @@ def test_wrong_steps_are_refused():
     before = run.report.state_dict()
     with pytest.raises(InvalidArgumentError, match="step: expected one above 4, which was recorded last, found 4"):
         run.report.record(4)
-    with pytest.raises(InvalidArgumentError, match="step: expected the allocator's last one, 4, found 6"):
-        run.report.record(6)
+    run.optimizer.global_step = 20
+    loss_of(run.model, batches(1)[0]).backward()
+    run.optimizer.step()
+    with pytest.raises(InvalidArgumentError, match="step: expected the allocator's last one, 20, found 18"):
+        run.report.record(18)
+    with pytest.raises(InvalidArgumentError, match="step: expected the allocator's last one, -1, found 0"):
+        Run().report.record(0)
     with pytest.raises(TypeError):
         run.report.record(5.0)
     assert str(run.report.state_dict()) == str(before)
+
+
+def test_a_step_without_the_allocator():
+    run = Run().train(0, MASKS[0])
+    run.report.record(MASKS[0])
+    # Without its mask, which the step would have had.
+    assert run.report._summary().history == [(0, [4, 4, 4])]
+    run.optimizer.global_step += 1
+    run.train(MASKS[0] + 1, STEPS)
+    assert [step for step, _ in run.report._summary().history] == [0, *MASKS[1:], LAST_MASK]
+
+
+def test_a_mask_that_is_taken_by_hand_keeps_the_scores():
+    run = Run(tfinal=0).train(0, STEPS - 1)
+    (x, wanted), *_ = batches(1)
+    loss_of(run.model, (x, wanted)).backward()
+    run.optimizer.step()
+    run.allocator.finalize()
+    run.report.record(STEPS - 1)
+    summary = run.report._summary()
+    assert summary.standing.is_final
+    assert summary.scores_step < STEPS - 1
+    assert any(map(any, summary.scores))
 
 
 def test_a_long_history_is_thinned(monkeypatch: pytest.MonkeyPatch):

@@ -92,15 +92,19 @@ class RankReport:
         masks = not self._is_final and (allocator.budget(step).masks or step >= last_mask)
         if masks or not self._history:
             standing = allocator.standing()
-            if standing.last_step != step:
+            if standing.last_step > step or (standing.last_step < step and not self._history):
                 raise InvalidArgumentError(
                     f"step: expected the allocator's last one, {standing.last_step}, found {step}"
                 )
-            self._note(step, standing)
+            # In a step without gradients it takes no part.
+            if standing.last_step == step:
+                self._note(step, standing)
         self._step = step
         if not self._is_final and (masks or step + 1 == last_mask):
-            self._scores = [scores.tolist() for scores in allocator.scores().values()]
-            self._scores_step = step
+            scores = [scores.tolist() for scores in allocator.scores().values()]
+            # `finalize` may have cleared them.
+            if any(map(any, scores)):
+                self._scores, self._scores_step = scores, step
 
     def _note(self, step: int, standing: Standing) -> None:
         """Take the ranks after a mask into the history."""

@@ -19,8 +19,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import InvalidStateError, UnsupportedError
 from ._callback import Run
+from ._report_callback import RankReportCallback
 from .allocator import RankAllocator
 from .checkpoint import save_adapter
+
+__all__ = ["AdaLoraCallback", "RankReportCallback"]
 
 # Where the allocator's state lies in the first group of the optimiser's state dict.
 _KEY = "adalora"
