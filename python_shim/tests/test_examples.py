@@ -14,10 +14,15 @@ import adalora
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run(name: str, library: adalora.Library, folder: Path) -> list[str]:
+def run(name: str, library: adalora.Library, folder: Path, *args: str, before: tuple[str, ...] = ()) -> list[str]:
     environment = {"ADALORA_LIBRARY": library.path, "PYTHONPATH": str(Path(adalora.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name], capture_output=True, text=True, cwd=folder, env=environment, check=True
+        [sys.executable, *before, EXAMPLES / name, *args],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=True,
     )
     return done.stdout.splitlines()
 
@@ -54,4 +59,17 @@ def test_trainers_examples(trainer: str, library: adalora.Library, tmp_path: Pat
     (tmp_path / "example.py").write_text(example)
     ranks = eval(run(tmp_path / "example.py", library, tmp_path)[-1])
     assert sum(ranks.values()) == 3 * len(ranks)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("way", ["fsdp", "ddp", "plain"])
+def test_distributed_example(way: str, library: adalora.Library, tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    lines = [
+        re.fullmatch(r"step +(\d+)  loss ([\d.]+)  budget +(\d+)  \{'0': (\d), '2': (\d)\}", line)
+        for line in run("distributed_example.py", library, tmp_path, way, before=torchrun)
+    ]
+    first, last = lines[0].groups(), lines[-1].groups()
+    assert float(last[1]) < 0.03 * float(first[1])
+    assert (first[2:], last[2:]) == (("12", "6", "6"), ("4", "0", "4"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

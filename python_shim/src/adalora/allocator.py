@@ -269,7 +269,7 @@ class Allocator(NativeObject):
     ) -> None:
         if budget_unit not in _UNITS:
             raise InvalidArgumentError(f"budget_unit: expected one of {', '.join(_UNITS)}, found {budget_unit!r}")
-        self.library = context.library
+        self.context, self.library = context, context.library
         self.adapters = tuple(adapters)
         self.n_adapters = len(self.adapters)
         self.ranks = [adapter.init_r for adapter in self.adapters]

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from ..adapter import Adapter
 from ..allocator import Allocator, Budget, Hyper, Slice, Standing, StepValues
-from ..errors import InvalidArgumentError, InvalidStateError
+from ..context import Context
+from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
+from .distributed import ShardedPenalty, Sharding, flatten_gradients, is_dtensor, local, whole
 from .functional import _stream, context, native_adapter, once_differentiable
 from .model import get_config, named_adapters
 from .steps import OptimizerSteps
@@ -57,6 +60,10 @@ class RankAllocator:
     Parameters and gradients are looked up anew by every call, so both may be replaced in between. An adapter none of
     whose parameters has a gradient takes no part in a step: its sensitivity is zero, the penalty gives it no gradient,
     and `AdamW` leaves it alone. Where some of the three have one, the others' count as zero.
+
+    Over parameters that `fully_shard` has sharded, made after it, an allocator works on this process's rows, and
+    reduces scores, norms and Gram matrices over processes. Then all processes make the same calls, `scores`,
+    `orthogonality`, `finalize` and those of training among them.
 
     Args:
         model: what `adapt` returned.
@@ -117,6 +124,9 @@ class RankAllocator:
         self._no_gradients: dict[int, Tensor] = {}
         # The state of a run that goes on in other memory, until that is bound.
         self._carried: bytes | None = None
+        # How parameters are spread over processes; and those last seen, since FSDP2 shows whole ones for a while.
+        self._sharding: Sharding | None = None
+        self._seen: list[nn.Parameter] = []
         self._bound_moments, self._bound_hypers = self.moments, self.hypers
         self._make(self.parameters())
         self.optimizer_steps = OptimizerSteps(self.parameters)
@@ -125,9 +135,12 @@ class RankAllocator:
     def parameters(self) -> list[nn.Parameter]:
         """A, E and B of every layer, in order."""
         try:
-            return [holder[self.adapter_name] for holder in self._holders]
+            params = [holder[self.adapter_name] for holder in self._holders]
         except KeyError:
             raise InvalidStateError(f"model: expected the adapter {self.adapter_name!r}, found it deleted") from None
+        if self._sharding is not None:
+            self._seen = params = [p if is_dtensor(p) else q for p, q in zip(params, self._seen, strict=True)]
+        return params
 
     # Training
 
@@ -147,6 +160,11 @@ class RankAllocator:
         """
         self._place_with_gradients("orthogonality")
         self._loss_scale.fill_(loss_scale)
+        if self._sharding is not None:
+            for p, grad in zip(self.parameters(), self._penalty_of_shards(weight, self._loss_scale), strict=True):
+                if grad is not None and p.grad is not None:
+                    local(p.grad).add_(grad)
+            return self._penalty_value.item()
         return self._penalty(weight, self._loss_scale).item()
 
     def orthogonality_loss(self, weight: float | None = None) -> Tensor:
@@ -179,9 +197,13 @@ class RankAllocator:
         self._step.fill_(operator.index(global_step))
         values, found_inf = self._importance_values, self.optimizer_steps.follow()
         if found_inf is not None:
-            self.found_inf.copy_(found_inf)
+            self.note_inf(found_inf)
             values = self._noted_values
-        self._native.step(values, with_adamw=False, stream=self._stream)
+        elif self._sharding is not None:
+            self.found_inf.zero_()
+            self.gradient_norm(torch.zeros_like(self.grad_factor), self.found_inf)
+            values = self._noted_values
+        self._run(values, global_step, with_adamw=False)
         increment_version(self.parameters()[1::3])
 
     @torch.no_grad()
@@ -199,13 +221,7 @@ class RankAllocator:
         if len(dtypes) != 1:
             found = ", ".join(sorted(map(str, dtypes))) or "none that are trained"
             raise InvalidArgumentError(f"parameters: expected trained ones of one type, found {found}")
-        flat = torch.zeros(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
-        for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
-            part = part.view(p.shape)
-            if p.grad is not None:
-                part.copy_(p.grad)
-            p.grad = part
-        return flat
+        return flatten_gradients(params)
 
     # Where a run stands
 
@@ -232,10 +248,7 @@ class RankAllocator:
         Zeros at the start, and after the last mask, which clears the averages.
         """
         self.place()
-        ranks = self._native.ranks
-        scores = torch.empty(sum(ranks), dtype=torch.float64, device=self._step.device)
-        self._native.scores(scores, stream=self._stream)
-        return dict(zip(self.layers, scores.split(ranks), strict=True))
+        return dict(zip(self.layers, self._reduced_scores().split(self._native.ranks), strict=True))
 
     @torch.no_grad()
     def set_rank_pattern(self, pattern: Mapping[str, Sequence[bool]], final: bool = False) -> None:
@@ -262,7 +275,7 @@ class RankAllocator:
     def finalize(self) -> None:
         """Take the last mask now, as crossing `total_step - tfinal` would; nothing where the pattern is final."""
         self.place()
-        self._native.finalize(stream=self._stream)
+        self._native.finalize(None if self._sharding is None else self._reduced_scores(), stream=self._stream)
         increment_version(self.parameters()[1::3])
 
     def reset(self) -> None:
@@ -279,15 +292,15 @@ class RankAllocator:
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs beside parameters and the optimiser's state to go on bit for bit.
 
-        The averages `exp_avg_ipt.<path>.A` and so on are the allocator's own tensors; `state` holds pattern, clocks and
-        counters as bytes. The schedule is not in it: it is the configuration's.
+        The averages `exp_avg_ipt.<path>.A` and so on are the allocator's own tensors, sharded as the parameters are;
+        `state` holds pattern, clocks and counters as bytes. The schedule is not in it: it is the configuration's.
         """
         self.place()
-        averages = zip(*self._averages, strict=True)
+        averages, params, sharding = zip(*self._averages, strict=True), self.parameters(), self._sharding
         state = {
-            f"{average}.{name}": tensor
+            f"{average}.{name}": tensor if sharding is None else sharding.spread(tensor, p)
             for average, tensors in zip(_AVERAGES, averages, strict=True)
-            for name, tensor in zip(self.names, tensors, strict=True)
+            for name, tensor, p in zip(self.names, tensors, params, strict=True)
         }
         saved = self._native.save_state(stream=self._stream)
         saved = torch.frombuffer(bytearray(saved), dtype=torch.uint8)
@@ -295,7 +308,12 @@ class RankAllocator:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing."""
+        """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing.
+
+        Args:
+            state_dict: sharded as the parameters are, or whole, however they are.
+
+        """
         own = self.state_dict()
         _check_keys("state_dict", state_dict, own)
         if state_dict["budget_unit"].item() != own.pop("budget_unit").item():
@@ -308,9 +326,11 @@ class RankAllocator:
                 raise InvalidArgumentError(
                     f"{name}: expected shape {list(tensor.shape)}, found {list(state_dict[name].shape)}"
                 )
+        part = whole if self._sharding is None else self._sharding.part
+        parts = {name: part(state_dict[name]) for name in own}
         self._native.load_state(state_dict["state"].cpu().numpy().tobytes(), stream=self._stream)
         for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+            local(tensor).copy_(parts[name])
         self.optimizer_steps.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -354,20 +374,35 @@ class RankAllocator:
         return found
 
     def gradient_norm(self, sum_of_squares: Tensor, found_inf: Tensor | None = None) -> None:
-        """Add the sum of the squares of all adapters' gradients to a sum; after `place`.
+        """Add the sum of the squares of all adapters' gradients to a sum, over all processes; after `place`.
 
         Args:
             sum_of_squares: one float64 on the adapters' device, added to.
             found_inf: one float32, set to 1 where a gradient is not finite, else left alone.
 
         """
-        self._native.gradient_norm(sum_of_squares, found_inf, has_grad=self._has_grad, stream=self._stream)
+        if self._sharding is None:
+            self._native.gradient_norm(sum_of_squares, found_inf, has_grad=self._has_grad, stream=self._stream)
+            return
+        found = torch.zeros_like(self.found_inf)
+        squares = torch.zeros_like(sum_of_squares)
+        self._native.gradient_norm(squares, found, has_grad=self._has_grad, stream=self._stream)
+        squares, found = self._sharding.sum(torch.stack([squares, found.to(squares)]))
+        sum_of_squares += squares
+        if found_inf is not None:
+            found_inf.copy_(found.clamp(max=1).to(found_inf).maximum(found_inf))
+
+    def note_inf(self, found_inf: Tensor) -> None:
+        """Take over whether a gradient is not finite, in any process: above 0 where one is, one value."""
+        self.found_inf.copy_(found_inf)
+        if self._sharding is not None:
+            self._sharding.sum(self.found_inf)
 
     def adamw_step(self, global_step: int) -> None:
         """AdamW, importance and mask in one pass, from `grad_factor` and `found_inf`; after `place`."""
         self._step.fill_(operator.index(global_step))
         self.optimizer_steps.follow()
-        self._native.step(self._adamw_values, stream=self._stream)
+        self._run(self._adamw_values, global_step, with_adamw=True)
         increment_version(self.parameters())
 
     def read_adam_steps(self, steps: Tensor) -> None:
@@ -375,10 +410,27 @@ class RankAllocator:
         library, handle = self._native.library, self._native.handle
         library.adalora_allocator_read_sync(handle.pointer, None, None, steps.data_ptr(), None, self._stream)
 
+    def _run(self, values: StepValues, global_step: int, *, with_adamw: bool) -> None:
+        """Update, scores and selection; where parameters are sharded with the scores of all processes."""
+        if self._sharding is None:
+            self._native.step(values, with_adamw=with_adamw, stream=self._stream)
+            return
+        self._native.update(values, with_adamw=with_adamw, stream=self._stream)
+        # A step without a mask looks at no score.
+        scores = self._reduced_scores() if self.budget(global_step).masks else self._no_scores
+        self._native.select(values, scores, stream=self._stream)
+
+    def _reduced_scores(self) -> Tensor:
+        scores = torch.empty(self._native.total_rank, dtype=torch.float64, device=self._step.device)
+        self._native.scores(scores, stream=self._stream)
+        return scores if self._sharding is None else self._sharding.sum(scores)
+
     # Where everything lies
 
     def _make(self, params: Sequence[nn.Parameter]) -> None:
         """Make the native allocator for parameters of these types on this device."""
+        if is_dtensor(params[0]):
+            self._sharding, self._seen = Sharding(params, self.names), list(params)
         devices = {p.device for p in params}
         if len(devices) > 1:
             raise InvalidArgumentError(f"parameters: expected all on one device, found {sorted(map(str, devices))}")
@@ -392,24 +444,14 @@ class RankAllocator:
                 raise InvalidArgumentError(f"{path}: expected A, E and B of one type, found {found}")
             A, _, B = params[3 * k : 3 * k + 3]
             adapters.append(native_adapter(on, A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype))
-        config = self.config
-        self._native = Allocator(
-            on,
-            adapters,
-            target_r=config.target_r,
-            total_step=config.total_step,
-            tinit=config.tinit,
-            tfinal=config.tfinal,
-            deltaT=config.deltaT,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            budget_unit=self.budget_unit,
-        )
+        self._native = self._native_allocator(on, adapters)
+        self._sharded_penalty: ShardedPenalty | None = None
+        self._no_scores = torch.zeros(self._native.total_rank, dtype=torch.float64, device=device)
         self._param_dtypes = [p.dtype for p in params]
         sizes = self._native.sizes(len(params))
         self._memory = [torch.zeros(size, dtype=torch.uint8, device=device) for size in (sizes.state, sizes.workspace)]
         # A run that is moved or cast takes its averages along, and leaves its moments to AdamW.
-        zeros = lambda p: torch.zeros(p.shape, dtype=state_dtype(p), device=device)  # noqa: E731
+        zeros = lambda p: torch.zeros(local(p).shape, dtype=state_dtype(p), device=device)  # noqa: E731
         self._averages = [
             (zeros(p), zeros(p))
             if not self._averages
@@ -435,6 +477,22 @@ class RankAllocator:
         self._dtypes: list[torch.dtype] = []
         self._grad_places: list[int] = []
 
+    def _native_allocator(self, on: Context, adapters: Sequence[Adapter]) -> Allocator:
+        config = self.config
+        return Allocator(
+            on,
+            adapters,
+            target_r=config.target_r,
+            total_step=config.total_step,
+            tinit=config.tinit,
+            tfinal=config.tfinal,
+            deltaT=config.deltaT,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            budget_unit=self.budget_unit,
+            sharded=self._sharding is not None,
+        )
+
     @property
     def _stream(self) -> int | None:
         return _stream(self._step.device)
@@ -445,6 +503,11 @@ class RankAllocator:
 
     def _fit(self, params: Sequence[nn.Parameter]) -> None:
         """Where parameters were cast or moved, let the run go on in memory that fits them."""
+        if self._sharding is None and is_dtensor(params[0]):
+            raise InvalidStateError(
+                f"{self.names[0]}: expected a whole parameter, as when the allocator was made, found a sharded one: "
+                "make the allocator after fully_shard, and before the model has run"
+            )
         if [p.dtype for p in params] != self._param_dtypes or params[0].device != self._step.device:
             carried = self._native.save_state(stream=self._stream) if self._native.handle.bound else self._carried
             self._make(params)
@@ -470,7 +533,11 @@ class RankAllocator:
 
     def _bind(self, params: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> None:
         """Bind anew what is not where it was."""
-        places, grad_places = list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads))
+        shards = params
+        if self._sharding is not None:
+            self._sharding.check(grads, [f"{name}.grad" for name in self.names])
+            shards, grads = list(map(local, params)), list(map(local, grads))
+        places, grad_places = list(map(Tensor.data_ptr, shards)), list(map(Tensor.data_ptr, grads))
         dtypes = [t.dtype for t in (*params, *grads)]
         same = places == self._places and dtypes == self._dtypes and self.moments is self._bound_moments
         if same and grad_places == self._grad_places and self.hypers is self._bound_hypers:
@@ -480,13 +547,17 @@ class RankAllocator:
         if same and len(self.hypers) == len(self._bound_hypers):
             self._native.rebind(grad_places, self.hypers, stream=self._stream)
         else:
-            self._bind_all(params, grads)
+            self._bind_all(params, shards, grads)
         self._places, self._grad_places, self._dtypes = places, grad_places, dtypes
         self._bound_moments, self._bound_hypers = self.moments, self.hypers
 
-    def _bind_all(self, params: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> None:
+    def _bind_all(self, params: Sequence[nn.Parameter], shards: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        begins = [0] * len(params)
+        if self._sharding is not None:
+            self._sharding.check(params, self.names)
+            begins = [self._sharding.rows(p.shape[0])[0] * p.shape[1] for p in params]
         for k, (name, p) in enumerate(zip(self.names, params, strict=True)):
-            if not p.is_contiguous():
+            if not shards[k].is_contiguous():
                 raise InvalidArgumentError(f"{name}: expected a contiguous parameter, found strides {p.stride()}")
             if not p.requires_grad and any(q.requires_grad for q in params[k - k % 3 : k - k % 3 + 3]):
                 raise InvalidArgumentError(f"{name}: expected requires_grad as its adapter's others, found False")
@@ -494,8 +565,10 @@ class RankAllocator:
                 raise InvalidArgumentError(f"{name}: expected a parameter on {self._step.device}, found {p.device}")
         moments = self.moments or [(None, None, 0)] * len(params)
         slices = [
-            Slice(k // 3, "AEB"[k % 3], p.detach(), grads[k], *self._averages[k], *moments[k][:2], hyper=moments[k][2])
-            for k, p in enumerate(params)
+            Slice(k // 3, "AEB"[k % 3], p.detach(), g, *averages, *map(local, moments), begin=begin, hyper=hyper)
+            for k, (p, g, averages, (*moments, hyper), begin) in enumerate(
+                zip(shards, grads, self._averages, moments, begins, strict=True)
+            )
         ]
         state, workspace = self._memory
         self._native.bind(slices, self.hypers, state=state, workspace=workspace, stream=self._stream)
@@ -508,7 +581,37 @@ class RankAllocator:
         self._native.orthogonality(weight, factor=factor, value=self._penalty_value, stream=self._stream)
         return self._penalty_value
 
+    def _penalty_of_shards(self, weight: float | None, factor: Tensor | None) -> list[Tensor | None]:
+        """Note the penalty in its place, and return its gradients for this process's rows of all parameters."""
+        params = self.parameters()
+        if self._sharded_penalty is None:
+            dtypes = {p.dtype for p in params}
+            if len(dtypes) > 1:
+                raise UnsupportedError(
+                    f"parameters: expected sharded ones of one type, found {', '.join(sorted(map(str, dtypes)))}"
+                )
+            self._sharded_penalty = ShardedPenalty(
+                self._native_allocator(self._native.context, self._native.adapters),
+                self._sharding,
+                [(tuple(A.shape), tuple(B.shape)) for A, B in zip(params[::3], params[2::3], strict=True)],
+                params[0].dtype,
+                state_dtype(params[0]),
+                self._step.device,
+            )
+        weight = self.config.orth_reg_weight if weight is None else weight
+        A, B = list(map(local, params[::3])), list(map(local, params[2::3]))
+        grads = self._sharded_penalty.gradients(A, B, weight, factor, self._penalty_value, self._stream)
+        return [grad for A_grad, B_grad in grads for grad in (A_grad, None, B_grad)]
+
     def _penalty_and_gradients(self, weight: float | None, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if self._sharding is not None:
+            self._fit(params)
+            grads = self._penalty_of_shards(weight, None)
+            zeros = [torch.zeros_like(local(p), dtype=state_dtype(p)) for p in params]
+            filled = [zero if grad is None else grad for zero, grad in zip(zeros, grads, strict=True)]
+            return self._penalty_value.clone(), [
+                self._sharding.spread(grad, p) for grad, p in zip(filled, params, strict=True)
+            ]
         grads = [torch.zeros(p.shape, dtype=state_dtype(p), device=p.device) for p in params]
         self._fit(params)
         self._bind(params, grads)

@@ -18,14 +18,17 @@ from ..adapter import Adapter, Stage
 from ..arrays import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, NAMES, View, view
 from ..context import Context
 from ..errors import InvalidArgumentError, UnsupportedError
+from .distributed import is_dtensor
 
 DTYPES = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
 @view.register(Tensor)
 def _(tensor: Tensor, name: str) -> View:
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
+    sharded = is_dtensor(tensor)
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or sharded:
         found = "one on the meta device" if tensor.device.type == "meta" else f"one of layout {tensor.layout}"
+        found = "one that is spread over processes" if sharded else found
         raise InvalidArgumentError(f"{name}: expected a tensor with memory of its own, found {found}")
     size = tensor.element_size()
     strides = tuple(stride * size for stride in tensor.stride())

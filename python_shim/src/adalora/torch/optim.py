@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.adamw import adamw
 
 from ..allocator import Hyper
 from ..errors import InvalidArgumentError, UnsupportedError
 from .allocator import RankAllocator, state_dtype
+from .distributed import any_is_not_finite, local, spread_state, total_norm
 
 
 class AdamW(torch.optim.AdamW):
@@ -100,7 +101,7 @@ class AdamW(torch.optim.AdamW):
         allocator.gradient_norm(squares)
         others = self._other_gradients()
         if others:
-            squares += get_total_norm(others).to(squares) ** 2
+            squares += total_norm(others).to(squares) ** 2
         norm = squares.sqrt()
         self._clip = norm, float(max_norm)
         self._measured = [(weakref.ref(g), g._version) for g in self._gradients()]
@@ -129,7 +130,7 @@ class AdamW(torch.optim.AdamW):
         # Where a GradScaler is at work, it has looked already.
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None:
-            allocator.found_inf.copy_(found_inf)
+            allocator.note_inf(found_inf)
         else:
             self._look_for_inf(clip)
         allocator.grad_factor.fill_(1)
@@ -158,6 +159,7 @@ class AdamW(torch.optim.AdamW):
 
         """
         self._check_options(state_dict["param_groups"])
+        state_dict = spread_state(self, state_dict)
         groups = [{**group, "fused": True, "foreach": None} for group in state_dict["param_groups"]]
         found, expected = ([len(group["params"]) for group in each] for each in (groups, self.param_groups))
         if found != expected:
@@ -283,7 +285,7 @@ class AdamW(torch.optim.AdamW):
         self.allocator.gradient_norm(torch.zeros_like(self.allocator.grad_factor), found_inf)
         others = self._other_gradients()
         if others:
-            found_inf += ~get_total_norm(others, float("inf")).isfinite().to(found_inf.device)
+            found_inf += any_is_not_finite(others).to(found_inf.device)
 
     def _update_others(self, clip: tuple[Tensor, float] | None, scale: Tensor | None) -> None:
         """PyTorch's own update of the parameters that are no adapter's."""
@@ -296,6 +298,9 @@ class AdamW(torch.optim.AdamW):
             )
             if not params:
                 continue
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = (
+                list(map(local, tensors)) for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+            )
             beta1, beta2 = group["betas"]
             adamw(
                 params,

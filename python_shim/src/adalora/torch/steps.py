@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import InvalidStateError
+from .distributed import any_is_not_finite
 
 
 class OptimizerSteps:
@@ -107,7 +107,8 @@ class OptimizerSteps:
         self._depths.clear()
         found_inf, self._found_inf = self._found_inf, None
         if self._steps and not any(self._steps.values()):
-            if _any_is_not_finite(p.grad for optimizer in self._steps for p in _parameters(optimizer)):
+            parameters = chain.from_iterable(map(_parameters, self._steps))
+            if any_is_not_finite(p.grad for p in parameters if p.grad is not None):
                 # A GradScaler did not call the optimiser.
                 return torch.ones(())
             self._calls += 1
@@ -123,11 +124,6 @@ class OptimizerSteps:
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
-
-
-def _any_is_not_finite(grads: Iterable[Tensor | None]) -> bool:
-    grads = [g for g in grads if g is not None]
-    return bool(grads) and not get_total_norm(grads, float("inf")).isfinite()
 
 
 _counting: WeakSet[OptimizerSteps] = WeakSet()

@@ -1,0 +1,303 @@
+"""A small model trained by one process or by several: what each of them does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from adalora import AdaLoRAError
+from adalora.torch import (
+    AdaLoraConfig,
+    AdamW,
+    RankAllocator,
+    SVDLinear,
+    adapt,
+    load_adapter,
+    load_training_state,
+    merge,
+    save_adapter,
+    save_training_state,
+)
+from adalora.torch.distributed import Sharding, all_reduce_gradients, check_digest, is_dtensor, local, whole
+
+STEPS = 16
+SETTINGS = {
+    "init_r": 3,
+    "target_r": 1,
+    "tinit": 2,
+    "tfinal": 4,
+    "deltaT": 3,
+    "total_step": STEPS,
+    "orth_reg_weight": 0.4,
+    "init_lora_weights": False,
+    "target_modules": "all-linear",
+    "modules_to_save": ["head"],
+}
+UNUSED, INFINITE = (4, 9), 7
+"""Steps on which a layer is not used, and one with a gradient that is not finite in one place alone."""
+
+
+class Block(nn.Module):
+    """Three layers that share an input, and two that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(3))
+        self.fc1, self.fc2 = nn.Linear(6, 7, dtype=torch.float64), nn.Linear(7, 6, dtype=torch.float64)
+
+    def forward(self, x: Tensor, skip: bool) -> Tensor:
+        x = x + self.q_proj(x).tanh() * self.k_proj(x) + self.v_proj(x)
+        h = self.fc1(x).tanh()
+        return x + (h[..., :6] if skip else self.fc2(h))
+
+
+class Network(nn.Module):
+    """Two blocks, and a head of one row that is trained whole."""
+
+    def __init__(self, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(6, 1, dtype=torch.float64)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, skip, use_reentrant=False) if self.checkpointing else block(x, skip)
+        return self.head(x)
+
+
+def network(checkpointing: bool = False, seed: int = 3, **changed: Any) -> Network:
+    torch.manual_seed(2)
+    model = Network(checkpointing)
+    torch.manual_seed(seed)
+    return adapt(model, AdaLoraConfig(**{**SETTINGS, **changed}))
+
+
+def share(rows: Tensor) -> Tensor:
+    """Take the share of a batch that this process has."""
+    if not dist.is_initialized():
+        return rows
+    return rows.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def batches(begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
+    made = torch.Generator().manual_seed(11)
+    whole = [torch.randn(8, 7, generator=made, dtype=torch.float64) for _ in range(end)]
+    return [(share(batch[:, :6]), share(batch[:, 6:])) for batch in whole[begin:]]
+
+
+def sharded(model: Network, units: str, reshard: bool, replicas: int = 1) -> Network:
+    """The model under `fully_shard`: in units of blocks, or of adapted layers."""
+    size = dist.get_world_size()
+    shape, names = ((size,), ("shard",)) if replicas == 1 else ((replicas, size // replicas), ("replicate", "shard"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    kind = {"blocks": Block, "layers": SVDLinear}[units]
+    for module in [module for module in model.modules() if isinstance(module, kind)]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+
+
+def prepared(way: str, model: Network) -> nn.Module:
+    """What is called for the loss."""
+    if way == "ddp":
+        return DistributedDataParallel(model, find_unused_parameters=True)
+    if way == "ddp with views":
+        return DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
+    if way.startswith("fsdp"):
+        return sharded(model, "layers" if "layers" in way else "blocks", "kept" not in way, 2 if "hybrid" in way else 1)
+    return model
+
+
+class Run:
+    """A run, and what was seen of it.
+
+    Args:
+        way: "alone", or how processes go together.
+        optimizer_of: "adalora", or "torch" with `update_and_allocate`.
+        clip: norm of the gradients.
+        penalty: "gradient" after backward, or in the "loss".
+        checkpointing: of activations.
+        unused: whether a layer is not used at times.
+        seed: of the adapters' values.
+        changed: settings.
+
+    """
+
+    def __init__(
+        self,
+        way: str,
+        *,
+        optimizer_of: str = "adalora",
+        clip: float | None = 0.5,
+        penalty: str = "gradient",
+        checkpointing: bool = False,
+        unused: bool = True,
+        seed: int = 3,
+        **changed: Any,
+    ) -> None:
+        self.way, self.clip, self.penalty, self.unused = way, clip, penalty, unused
+        self.model = network(checkpointing, seed, **changed)
+        self.called = prepared(way, self.model)
+        self.allocator = RankAllocator(self.model)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.ours = optimizer_of == "adalora"
+        if self.ours:
+            self.optimizer: torch.optim.Optimizer = AdamW(self.params, self.allocator, lr=2e-2)
+        else:
+            self.optimizer = torch.optim.AdamW(self.params, lr=2e-2)
+        self.seen: dict[str, Any] = {"digests": [], "patterns": [], "norms": [], "penalties": [], "scores": []}
+
+    def train(self, begin: int = 0, end: int = STEPS) -> Run:
+        """Some steps."""
+        for step, batch in enumerate(batches(begin, end), begin):
+            self.step(step, *batch)
+        return self
+
+    def step(self, step: int, x: Tensor, wanted: Tensor) -> None:
+        """One step, as users write it."""
+        allocator, optimizer, seen = self.allocator, self.optimizer, self.seen
+        loss = (self.called(x, skip=self.unused and step in UNUSED) - wanted).square().mean()
+        if self.penalty == "loss":
+            value = allocator.orthogonality_loss()
+            seen["penalties"].append(value.item())
+            loss = loss + value
+        loss.backward()
+        if self.way == "flat":
+            all_reduce_gradients(self.params)
+        if self.penalty == "gradient":
+            seen["penalties"].append(allocator.orthogonality())
+        if step == INFINITE:
+            make_infinite(allocator.parameters()[4].grad)
+        if self.clip is not None:
+            clip = optimizer.clip_grad_norm_ if self.ours else partial(nn.utils.clip_grad_norm_, self.params)
+            seen["norms"].append(whole(clip(self.clip)).item())
+        if self.ours or step != INFINITE:
+            optimizer.step()
+        if not self.ours:
+            allocator.update_and_allocate(step)
+        optimizer.zero_grad(set_to_none=self.way != "flat")
+        if step % 5 == 2:
+            with torch.no_grad():
+                # After which FSDP2's outermost unit shows its parameters as they are gathered.
+                self.called(x)
+        seen["digests"].append(check_digest(allocator) if dist.is_initialized() else allocator.digest())
+        seen["patterns"].append(allocator.rank_pattern())
+        if step == 5:
+            seen["scores"] = torch.cat(list(allocator.scores().values())).numpy()
+
+    def result(self) -> dict[str, Any]:
+        """What was seen, and all trained parameters as a whole."""
+        found = dict(zip(self.allocator.names, self.allocator.parameters(), strict=True))
+        found |= self.model.head.named_parameters()
+        values = {name: whole(p).detach().clone().numpy() for name, p in found.items()}
+        return {**self.seen, "skipped": self.allocator.standing().skipped, "parameters": values}
+
+
+def make_infinite(grad: Tensor) -> None:
+    """Let the last row have an infinite gradient, in the processes that have it."""
+    last = grad.shape[0] - 1
+    if not is_dtensor(grad) or last in range(*Sharding([grad], ["grad"]).rows(last + 1)):
+        local(grad)[-1] = float("inf")
+
+
+def trained(way: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A whole run."""
+    return Run(way, **options).train().result()
+
+
+def saved_after(way: str, options: dict[str, Any], stop: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run that saves at a step and goes on, and another that begins there."""
+    run = Run(way, **options).train(0, stop)
+    save_adapter(run.model, folder)
+    objects = {"optimizer": run.optimizer} | ({} if run.ours else {"allocator": run.allocator})
+    save_training_state(folder, **objects)
+    other = resumed(way, {**options, "seed": 4}, folder)
+    return run.train(stop).result(), other.result()
+
+
+def resumed(way: str, options: dict[str, Any], folder: Path, **more: Any) -> Run:
+    """A run that goes on from what was saved."""
+    run = Run(way, **options)
+    load_adapter(run.model, folder, is_trainable=True)
+    objects = {"optimizer": run.optimizer} | ({} if run.ours else {"allocator": run.allocator})
+    load_training_state(folder, **objects, **more)
+    begin = run.optimizer.global_step if run.ours else run.allocator.standing().last_step + 1
+    return run.train(begin)
+
+
+def saved_by_torch(way: str, options: dict[str, Any], stop: int, folder: Path) -> list[dict[str, Any]]:
+    """As `saved_after`, by `torch.distributed.checkpoint`."""
+
+    def state_of(run: Run) -> dict[str, Any]:
+        model = get_model_state_dict(run.model, options=StateDictOptions(ignore_frozen_params=True))
+        optimizer = get_optimizer_state_dict(run.model, run.optimizer)
+        return {"model": model, "optimizer": optimizer, "allocator": run.allocator.state_dict()}
+
+    run, other = Run(way, **options).train(0, stop), Run(way, **options, seed=4)
+    dcp.save(state_of(run), checkpoint_id=folder)
+    state = state_of(other)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(other.model, state["model"], options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(other.model, other.optimizer, state["optimizer"])
+    other.allocator.load_state_dict(state["allocator"])
+    if other.ours:
+        other.optimizer.global_step = other.allocator.standing().last_step + 1
+    return [each.train(stop).result() for each in (run, other)]
+
+
+def saved(way: str, folder: Path) -> None:
+    """The files of a model before it is trained."""
+    model = network()
+    prepared(way, model)
+    save_adapter(model, folder)
+
+
+def refused() -> dict[str, str]:
+    """What is said about wrong uses."""
+    found = {}
+
+    def expect_error(name: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except AdaLoRAError as error:
+            found[name] = re.sub(r", (over DeviceMesh|found [0-9a-f]{16}).*", "", str(error))
+
+    mesh = init_device_mesh("cpu", (2,))
+    columns = fully_shard(network(), mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.shape == (3, 6) else None)
+    expect_error("columns", lambda: RankAllocator(columns))
+
+    model = network()
+    early = RankAllocator(model)
+    sharded(model, "blocks", True)
+    expect_error("early", early.standing)
+    allocator = RankAllocator(model)
+    expect_error("flat", allocator.flatten_gradients)
+    expect_error("merge", lambda: merge(model))
+    if dist.get_rank() == 1:
+        allocator.set_rank_pattern({path: [True, False, True] for path in allocator.layers})
+    expect_error("digest", lambda: check_digest(allocator))
+
+    part = network()
+    fully_shard(part.blocks[0], mesh=mesh)
+    expect_error("mixed", lambda: RankAllocator(part))
+    return found

@@ -1,0 +1,139 @@
+"""Training by several processes, beside one process with the joint batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import distributed_runs as runs
+import numpy as np
+import pytest
+from processes import Processes
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    processes = Processes(2, tmp_path_factory.mktemp("two"))
+    yield processes
+    processes.end()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    processes = Processes(4, tmp_path_factory.mktemp("four"))
+    yield processes
+    processes.end()
+
+
+def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """All processes have seen what the one has seen."""
+    assert any(pattern != expected["patterns"][0] for pattern in expected["patterns"])
+    for each in found:
+        for what in ("patterns", "digests", "skipped"):
+            assert each[what] == expected[what], what
+        for what in ("penalties", "norms", "scores"):
+            np.testing.assert_allclose(each[what], expected[what], rtol=1e-9, err_msg=what)
+        for name, value in expected["parameters"].items():
+            np.testing.assert_allclose(each["parameters"][name], value, rtol=1e-8, atol=1e-11, err_msg=name)
+
+
+def run(processes: Processes, way: str, options: dict[str, Any]) -> None:
+    found = processes.run(runs.trained, way, options)
+    assert_same(found, runs.trained("alone", options))
+
+
+@pytest.mark.parametrize(
+    ("way", "optimizer_of"),
+    [("ddp", "adalora"), ("ddp with views", "torch"), ("ddp with views", "adalora"), ("flat", "torch")],
+)
+def test_data_parallel(two, way, optimizer_of):
+    run(two, way, {"optimizer_of": optimizer_of, "unused": way != "flat"})
+
+
+@pytest.mark.parametrize("way", ["ddp", "flat"])
+def test_data_parallel_by_four(four, way):
+    run(four, way, {"unused": way != "flat"})
+
+
+@pytest.mark.parametrize(
+    ("way", "optimizer_of"),
+    [
+        ("fsdp", "adalora"),
+        ("fsdp", "torch"),
+        ("fsdp kept", "adalora"),
+        ("fsdp layers", "torch"),
+        ("fsdp layers kept", "adalora"),
+    ],
+)
+def test_sharded(two, way, optimizer_of):
+    run(two, way, {"optimizer_of": optimizer_of, "checkpointing": True})
+
+
+@pytest.mark.parametrize("way", ["fsdp", "fsdp hybrid"])
+def test_sharded_by_four(four, way):
+    """Three triplets, so that one of four processes has none of E and A."""
+    run(four, way, {})
+
+
+@pytest.mark.parametrize("optimizer_of", ["adalora", "torch"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_the_penalty_in_the_loss_and_no_clipping(two, way, optimizer_of):
+    # DistributedDataParallel takes no parameter for unused that the loss depends on elsewhere.
+    run(two, way, {"optimizer_of": optimizer_of, "penalty": "loss", "clip": None, "unused": way != "ddp"})
+
+
+# What is refused
+
+
+def test_what_is_spread_otherwise_is_refused(two):
+    q = "blocks.0.q_proj.A: expected a"
+    for found in two.run(runs.refused):
+        assert found == {
+            "columns": f"{q} parameter that is sharded once, in dimension 0, found (Shard(dim=1),)",
+            "early": f"{q} whole parameter, as when the allocator was made, found a sharded one: make the allocator "
+            "after fully_shard, and before the model has run",
+            "flat": "parameters: expected whole ones, found sharded ones, whose gradients are reduced in backward",
+            "merge": "params.A: expected a tensor with memory of its own, found one that is spread over processes",
+            "digest": "digest: expected the same in all processes",
+            "mixed": "blocks.1.q_proj.A: expected a tensor spread as the others",
+        }
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("optimizer_of", ["adalora", "torch"])
+@pytest.mark.parametrize("stop", [4, 13])
+def test_a_sharded_run_is_resumed(two, optimizer_of, stop, tmp_path):
+    options = {"optimizer_of": optimizer_of}
+    for whole_run, resumed in two.run(runs.saved_after, "fsdp", options, stop, tmp_path):
+        assert_equal(resumed, whole_run)
+    # By one process, too.
+    continued = runs.resumed("alone", options, tmp_path, rng=False).result()
+    expected = runs.trained("alone", options)
+    assert continued["patterns"] == expected["patterns"][stop:]
+    for name, value in expected["parameters"].items():
+        np.testing.assert_allclose(continued["parameters"][name], value, rtol=1e-8, atol=1e-11, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer_of", ["adalora", "torch"])
+def test_a_sharded_run_is_resumed_from_pytorchs_distributed_checkpoint(two, optimizer_of, tmp_path):
+    for whole_run, resumed in two.run(runs.saved_by_torch, "fsdp", {"optimizer_of": optimizer_of}, 4, tmp_path):
+        assert_equal(resumed, whole_run)
+
+
+def test_the_files_of_a_sharded_model_are_those_of_one_process(two, tmp_path):
+    two.run(runs.saved, "fsdp", tmp_path / "sharded")
+    runs.saved("alone", tmp_path / "alone")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def assert_equal(resumed: dict[str, Any], whole_run: dict[str, Any]) -> None:
+    """The resumed run saw the end of the other, bit for bit."""
+    n = len(resumed["digests"])
+    assert 0 < n < runs.STEPS
+    for what in ("digests", "patterns", "norms", "penalties"):
+        assert resumed[what] == whole_run[what][-n:], what
+    for name, value in whole_run["parameters"].items():
+        assert np.array_equal(resumed["parameters"][name], value), name
