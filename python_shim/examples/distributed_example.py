@@ -1,7 +1,7 @@
-"""Adapt a model in several processes, which share each batch: `torchrun --nproc-per-node 2 distributed_example.py fsdp`.
+"""Adapt a model in processes that share each batch: `torchrun --nproc-per-node 2 distributed_example.py fsdp`.
 
-Or `ddp`, or `plain`, which reduces the gradients by one call. Each prints the same to rounding. The data is made up: the
-old model with a change in one of its layers.
+Or `ddp`, or `plain`, which reduces the gradients by one call: the results are the same to rounding. The data is made
+up: the old model with a change in one of its layers.
 """
 
 import copy

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +35,7 @@ from adalora.torch import (
     load_adapter,
     load_training_state,
     merge,
+    named_adapters,
     save_adapter,
     save_training_state,
 )
@@ -283,8 +284,13 @@ def refused() -> dict[str, str]:
             found[name] = re.sub(r", (over DeviceMesh|found [0-9a-f]{16}).*", "", str(error))
 
     mesh = init_device_mesh("cpu", (2,))
-    columns = fully_shard(network(), mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.shape == (3, 6) else None)
+    columns = network()
+    for layer in named_adapters(columns).values():
+        for factors in (layer.lora_A, layer.lora_E, layer.lora_B):
+            factors["default"] = nn.Parameter(distribute_tensor(factors["default"].detach(), mesh, [Shard(1)]))
     expect_error("columns", lambda: RankAllocator(columns))
+    both = fully_shard(network(), mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.shape == (3, 6) else None)
+    expect_error("both", lambda: RankAllocator(both))
 
     model = network()
     early = RankAllocator(model)
@@ -293,6 +299,7 @@ def refused() -> dict[str, str]:
     allocator = RankAllocator(model)
     expect_error("flat", allocator.flatten_gradients)
     expect_error("merge", lambda: merge(model))
+    expect_error("delta", lambda: model.blocks[0].fc1.get_delta_weight("default"))
     if dist.get_rank() == 1:
         allocator.set_rank_pattern({path: [True, False, True] for path in allocator.layers})
     expect_error("digest", lambda: check_digest(allocator))

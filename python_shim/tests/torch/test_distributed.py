@@ -90,10 +90,13 @@ def test_what_is_spread_otherwise_is_refused(two):
     for found in two.run(runs.refused):
         assert found == {
             "columns": f"{q} parameter that is sharded once, in dimension 0, found (Shard(dim=1),)",
+            "both": "blocks.0.q_proj.E: expected a tensor spread as the others",
             "early": f"{q} whole parameter, as when the allocator was made, found a sharded one: make the allocator "
             "after fully_shard, and before the model has run",
             "flat": "parameters: expected whole ones, found sharded ones, whose gradients are reduced in backward",
-            "merge": "params.A: expected a tensor with memory of its own, found one that is spread over processes",
+            "merge": "blocks.0.q_proj: merge: expected a base layer of a known type with a floating-point weight that "
+            "is a parameter, found Linear, whose weight is a DTensor of torch.float64",
+            "delta": "params.A: expected a tensor with memory of its own, found one that is spread over processes",
             "digest": "digest: expected the same in all processes",
             "mixed": "blocks.1.q_proj.A: expected a tensor spread as the others",
         }

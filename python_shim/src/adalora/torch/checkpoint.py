@@ -9,12 +9,14 @@ import os
 import random
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checkpoint as files
@@ -22,6 +24,7 @@ from ..arrays import Triplets
 from ..checkpoint import Checkpoint, SavedAdapter, TensorInfo
 from ..errors import CorruptDataError, InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
+from .distributed import copy_whole, fsdp_modules, gather_objects, in_first_process, is_dtensor, spread_state, whole
 from .layers import SVDLayer
 from .matching import matching_modules, svd_layer
 from .model import adapt, get_config, named_adapters, saved_modules
@@ -47,7 +50,8 @@ def save_adapter(
     Tensors are saved as they are, masked triplets too, and `rank_pattern` is null: what is saved is what ran, and a run
     may go on from it. Once the ranks are fixed, `rank_pattern` makes the files smaller.
 
-    Files are replaced together or not at all.
+    Files are replaced together or not at all. Of a model that `fully_shard` has sharded, all processes make the call,
+    and the first one writes.
 
     Args:
         model: what `adapt` returned.
@@ -59,8 +63,10 @@ def save_adapter(
     """
     config = get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
-    files.save(
+    _save(
+        files.save,
         folder,
+        bool(fsdp_modules(model)),
         config=config.to_dict(),
         adapters=_saved_adapters(layers, adapter_name, rank_pattern),
         tensors={key: _plain(tensor, key) for key, tensor in _tensors_beside(model, config, layers).items()},
@@ -71,7 +77,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     """Save an adapter as plain LoRA, for programs that know no AdaLoRA; E and the scaling go into B.
 
     The outputs are the same, to the rounding of B's elements. All layers get one rank, the largest number of triplets
-    that is left in any of them, filled up with zeros, so that the files need no pattern of ranks.
+    that is left in any of them, filled up with zeros, so that the files need no pattern of ranks. Processes as in
+    `save_adapter`.
 
     Args:
         model: what `adapt` returned.
@@ -81,8 +88,10 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     """
     config = get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
-    files.export_lora(
+    _save(
+        files.export_lora,
         folder,
+        bool(fsdp_modules(model)),
         config=config.to_dict(),
         adapters=_saved_adapters(layers, adapter_name, None),
         tensors={key: _plain(tensor, key) for key, tensor in _tensors_beside(model, config, layers).items()},
@@ -163,13 +172,16 @@ def load_adapter(
         _check_tensors(found, expected, Path(folder) / ADAPTER_FILE)
         values = _values(checkpoint, found)
 
+    for module in fsdp_modules(model):
+        # What is gathered for a while is no place to copy to.
+        module.reshard()
     if is_new:
         adapt(model, config, adapter_name)
         layers = named_adapters(model, adapter_name)
     targets = _adapter_tensors(layers, adapter_name) | _tensors_beside(model, config, layers)
     with torch.no_grad():
         for key, target in targets.items():
-            target.copy_(values[key])
+            copy_whole(values[key], target)
     return model
 
 
@@ -302,7 +314,9 @@ def save_training_state(
     """Save what training needs to go on, beside the adapter: a file of tensors and JSON, without pickle.
 
     Give each checkpoint a folder of its own, so that adapter and state are of the same step, and save between steps of
-    the optimiser: gradients and the place in the data are not in it.
+    the optimiser: gradients and the place in the data are not in it. Where states are sharded (`fully_shard`), all
+    processes make the call, and the first one writes: states as a whole, which any number of processes may load, and
+    the random generators of each.
 
     >>> save_adapter(model, folder)
     >>> save_training_state(folder, optimizer=optimizer, scheduler=scheduler)
@@ -322,11 +336,12 @@ def save_training_state(
     """
     objects = _stateful(allocator=allocator, optimizer=optimizer, scheduler=scheduler, **more)
     state = {name: each.state_dict() for name, each in objects.items()}
+    sharded = _has_dtensor(state)
     if rng:
-        state["rng"] = _rng_state()
+        state["rng"] = gather_objects(_rng_state()) if sharded else _rng_state()
     tensors: dict[str, Tensor] = {}
     structure = {name: _encode(value, name, tensors) for name, value in state.items()}
-    files.save(folder, state=json.dumps(structure, allow_nan=False), state_tensors=tensors)
+    _save(files.save, folder, sharded, state=json.dumps(structure, allow_nan=False), state_tensors=tensors)
 
 
 def load_training_state(
@@ -379,6 +394,13 @@ def load_training_state(
         )
     if rng and generators is None:
         raise InvalidArgumentError(f"{path}: expected states of random generators (or rng=False), found none")
+    if rng and isinstance(generators, list):
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        if len(generators) != size:
+            raise InvalidArgumentError(
+                f"{path}: expected random generators of {size} processes (or rng=False), found {len(generators)}"
+            )
+        generators = generators[dist.get_rank() if dist.is_initialized() else 0]
     devices = len(generators.get("cuda", ())) if rng else 0
     if devices and devices != torch.cuda.device_count():
         raise InvalidArgumentError(
@@ -386,7 +408,8 @@ def load_training_state(
             f"(or rng=False), found {devices}"
         )
     for name, each in objects.items():
-        each.load_state_dict(state[name])
+        own = state[name]
+        each.load_state_dict(spread_state(each, own) if isinstance(each, torch.optim.Optimizer) else own)
     if rng:
         _set_rng_state(generators)
 
@@ -399,6 +422,18 @@ def _stateful(**objects: Any) -> dict[str, Any]:
                 f"{name}: expected an object with state_dict and load_state_dict, found {type(each).__name__}"
             )
     return given
+
+
+def _save(write: Callable[..., None], folder: str | os.PathLike[str], sharded: bool, **content: Any) -> None:
+    """Write files; where all processes have made the call, in the first one."""
+    work = partial(write, folder, **content)
+    in_first_process(work) if sharded else work()
+
+
+def _has_dtensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_dtensor, value.values()))
+    return any(map(_has_dtensor, value)) if isinstance(value, (list, tuple)) else is_dtensor(value)
 
 
 def _rng_state() -> dict[str, Any]:
@@ -469,6 +504,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _plain(tensor: Any, name: str) -> Tensor:
     """A tensor's values in memory of their own, on the CPU, as safetensors wants them."""
+    tensor = whole(tensor)
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         kind = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else "other"
         raise InvalidArgumentError(f"{name}: expected a dense tensor, found {type(tensor).__name__} ({kind})")
