@@ -28,9 +28,11 @@ def svd_conv(
 ) -> Tensor:
     """`y` and the convolution of dropped-out x with `scaling * B diag(E) A`, in the shape of the base's weight.
 
-    That weight is never made: x is convolved with the r filters of A, by PyTorch, and the library multiplies what comes
+    That weight is not made: x is convolved with the r filters of A, by PyTorch, and the library multiplies what comes
     out by E and B. With groups, each one's rows of B meet the convolution of its own channels with A, as the rows of
-    the weight do. Gradients come for x, y, A, E and B, once differentiable.
+    the weight do. Only where a group has no more than r output channels, as in depthwise convolutions, the weight is
+    smaller than what its factors would make of x, and takes their place. Gradients come for x, y, A, E and B, once
+    differentiable.
 
     A, E and B are cast to what goes with y's type (half precision as it is or else float32), x to A's type. Dropout
     draws from PyTorch's generator as `torch.nn.functional.dropout` does.
@@ -59,16 +61,28 @@ def svd_conv(
         raise InvalidArgumentError(f"A: expected shape [r, {features}] for the base's kernel, found {list(A.shape)}")
     if B.shape != (base.out_channels, filters[0]):
         raise InvalidArgumentError(f"B: expected shape {[base.out_channels, filters[0]]}, found {list(B.shape)}")
+    if E.shape != (filters[0], 1):
+        raise InvalidArgumentError(f"E: expected shape {[filters[0], 1]}, found {list(E.shape)}")
     if filters[0] == 0:
         return y
     A = _fitting(A, y.dtype)
-    x = F.dropout(x.to(A.dtype), lora_dropout)
-    weight, padding = A.view(filters), base.padding
-    if base.groups > 1:
-        weight = weight.repeat(base.groups, *(1 for _ in filters[1:]))
+    x = x.to(A.dtype)
+    if lora_dropout:
+        x = F.dropout(x, lora_dropout)
+    padding = base.padding
     if base.padding_mode != "zeros":
         x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-    h = convolve(x, weight, None, base.stride, padding, base.dilation, base.groups)
+    options = None, base.stride, padding, base.dilation, base.groups
+    if base.groups > 1 and base.out_channels // base.groups <= filters[0]:
+        delta = (scaling * B.to(A.dtype)) @ (E.to(A.dtype) * A)
+        added = convolve(x, delta.view(base.out_channels, *filters[1:]), *options)
+        if y.shape != added.shape:
+            raise InvalidArgumentError(f"y: expected shape {list(added.shape)}, found {list(y.shape)}")
+        return y.add_(added) if in_place else (y + added).to(y.dtype)
+    weight = A.view(filters)
+    if base.groups > 1:
+        weight = weight.repeat(base.groups, *(1 for _ in filters[1:]))
+    h = convolve(x, weight, *options)
     channel_dim = -1 - len(base.kernel_size)
     return svd_expand(y, h, E, B, scaling, channel_dim=channel_dim, groups=base.groups, in_place=in_place)
 
@@ -87,6 +101,11 @@ class _SVDConvolution(SVDLayer):
         if own:
             return Refusal(f"a layer that computes what torch.nn.{kind.__name__} does", f"has its own {own[0]}")
         return None
+
+    @staticmethod
+    def _may_overwrite(y: Tensor) -> bool:
+        # Whatever its layout.
+        return not y._is_view() and not (y.requires_grad and y.is_leaf)
 
     def _add(self, adapter_name: str, x: Tensor, y: Tensor, lora_dropout: float, in_place: bool) -> Tensor:
         return svd_conv(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+import math
+import threading
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import GroupCall, Share, Stage
-from ..arrays import NAMES, Triplets
+from .. import _bindings as c
+from ..adapter import Stage
+from ..arrays import NAMES
 from ..errors import InvalidArgumentError
 from .functional import DTYPES, Part, _check_mode, _stream, context, native_adapter, once_differentiable, traced
 
-# How many adapters one native call takes.
-_LARGEST_GROUP = 64
+# How many matrices one native call takes: each is compared with each for overlaps.
+_LARGEST_CALL = 16
 
 
 def svd_expand(
@@ -29,8 +34,8 @@ def svd_expand(
 ) -> Tensor:
     """`y + scaling * B diag(E) h` at every place: what follows `h = A x` in a layer whose product with A is its own.
 
-    Gradients come for y, h, E and B, once differentiable. Where channels lie next to each other in memory (the last
-    dimension, or `torch.channels_last`) the library works on y itself, otherwise on a product that is then added.
+    Gradients come for y, h, E and B, once differentiable. The library works on y where it lies, both where channels lie
+    next to each other in memory (as the last dimension, or in `torch.channels_last`) and where places do.
 
     Args:
         y: the base layer's output, with `out` channels in `channel_dim`.
@@ -64,74 +69,25 @@ def svd_expand(
     for name, tensor in (("h", h), ("E", E), ("B", B)):
         if tensor.device != y.device:
             raise InvalidArgumentError(f"{name}: expected a tensor on {y.device}, found one on {tensor.device}")
-    E, B = _fitting(E, y.dtype), _fitting(B, y.dtype)
+    h, E, B = (t.to(_compute(y)) for t in (h, E, B))
     if traced():
         return _by_operators(y, h, E, B, scaling, channel_dim, groups)
-    options = scaling, channel_dim, groups, in_place
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, h, E, B)):
-        return _Expand.apply(y, h, E, B, options)
-    return _forward(y, h, E, B, *options)
+    place = _Place(scaling, channel_dim, groups)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(y, h, E, B):
+        return _Expand.apply(y, h, E, B, place, in_place)
+    return _forward(y, h, E, B, place, in_place)
 
 
 def _by_operators(y: Tensor, h: Tensor, E: Tensor, B: Tensor, scaling: float, channel_dim: int, groups: int) -> Tensor:
     """What `svd_expand` computes, for what sees PyTorch's operators alone."""
-    dtype, (out, r) = _compute(y), B.shape
-    rows = h.movedim(channel_dim, -1).to(dtype).unflatten(-1, (groups, r)) * (scaling * E.to(dtype).view(-1))
-    added = torch.einsum("...gr,gor->...go", rows, B.to(dtype).view(groups, out // groups, r))
+    out, r = B.shape
+    rows = h.movedim(channel_dim, -1).unflatten(-1, (groups, r)) * (scaling * E.view(-1))
+    added = torch.einsum("...gr,gor->...go", rows, B.view(groups, out // groups, r))
     return y + added.flatten(-2).movedim(-1, channel_dim).to(y.dtype)
 
 
-class _Expand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, E: Tensor, B: Tensor, options: tuple[float, int, int, bool]) -> Tensor:
-        ctx.options = options
-        ctx.save_for_backward(h, E, B)
-        if options[-1]:
-            ctx.mark_dirty(y)
-        return _forward(y, h, E, B, *options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, E, B = ctx.saved_tensors
-        scaling, channel_dim, groups, _ = ctx.options
-        if not any(ctx.needs_input_grad[1:4]):
-            return dy, None, None, None, None
-        rows = dy.resolve_neg().movedim(channel_dim, -1).contiguous().view(-1, B.shape[0])
-        h_rows, dB = _rows_of_h(h, channel_dim, groups, _compute(dy)), torch.empty_like(B)
-        g = torch.empty_like(h_rows)
-        _run(Stage.PROJECT, rows, h_rows, E, B, scaling, groups, g, dB)
-        dE = (g * h_rows).sum(dim=(0, 1)).to(E.dtype).view_as(E) if ctx.needs_input_grad[2] else None
-        dh = None
-        if ctx.needs_input_grad[1]:
-            place = h.movedim(channel_dim, -1)
-            dh = g.mul_(E.view(-1)).transpose(0, 1).reshape(place.shape).movedim(-1, channel_dim)
-            # As h lies, so that the operator before finds the layout that it chose.
-            dh = torch.empty_like(h).copy_(dh)
-        return dy, dh, dE, dB, None
-
-
-def _forward(
-    y: Tensor, h: Tensor, E: Tensor, B: Tensor, scaling: float, channel_dim: int, groups: int, in_place: bool
-) -> Tensor:
-    y = y if in_place else y.resolve_neg().clone()
-    rows = y.movedim(channel_dim, -1)
-    if rows.is_contiguous() and not y.is_neg():
-        _run(
-            Stage.EXPAND,
-            rows.view(-1, B.shape[0]),
-            _rows_of_h(h, channel_dim, groups, _compute(y)),
-            E,
-            B,
-            scaling,
-            groups,
-        )
-        return y
-    # In the type of sums, so that rounding happens once.
-    added = torch.zeros(rows.shape, dtype=_compute(y), device=y.device)
-    h_rows = _rows_of_h(h, channel_dim, groups, added.dtype)
-    _run(Stage.EXPAND, added.view(-1, B.shape[0]), h_rows, E, _fitting(B, added.dtype), scaling, groups)
-    return y.add_(added.movedim(-1, channel_dim))
+def _compute(activation: Tensor) -> torch.dtype:
+    return torch.float64 if activation.dtype == torch.float64 else torch.float32
 
 
 def _fitting(param: Tensor, activation_dtype: torch.dtype) -> Tensor:
@@ -142,48 +98,213 @@ def _fitting(param: Tensor, activation_dtype: torch.dtype) -> Tensor:
     return param.to(activation_dtype if wide else torch.float32)
 
 
-def _compute(activation: Tensor) -> torch.dtype:
-    return torch.float64 if activation.dtype == torch.float64 else torch.float32
+class _Place(NamedTuple):
+    scaling: float
+    channel_dim: int
+    groups: int
 
 
-def _rows_of_h(h: Tensor, channel_dim: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """The rows of h as [groups, tokens, r] without gaps."""
-    rows = h.resolve_neg().movedim(channel_dim, -1)
-    r = rows.shape[-1] // groups
-    return rows.reshape(rows.shape[:-1].numel(), groups, r).transpose(0, 1).to(dtype).contiguous()
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, E: Tensor, B: Tensor, place: _Place, in_place: bool) -> Tensor:
+        ctx.place = place
+        ctx.save_for_backward(h, E, B)
+        output = _forward(y, h, E, B, place, in_place)
+        if output is y:
+            ctx.mark_dirty(y)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, E, B = ctx.saved_tensors
+        if not any(ctx.needs_input_grad[1:4]):
+            return dy, None, None, None, None, None
+        products = _Products(_as_it_can_lie(dy, ctx.place), h, E, B, ctx.place)
+        dh, dE, dB = products.backward()
+        return dy, dh, dE, dB, None, None
 
 
-def _run(
-    stage: Stage,
-    rows: Tensor,
-    h: Tensor,
-    E: Tensor,
-    B: Tensor,
-    scaling: float,
-    groups: int,
-    g: Tensor | None = None,
-    dB: Tensor | None = None,
-) -> None:
-    """Forward's second stage, where rows are y, or backward's first, where they are dy and g and dB are written."""
-    r = h.shape[-1]
-    width = B.shape[0] // groups
-    E, B = E.to(B.dtype).contiguous(), B.contiguous()
-    # These stages do not read x, and of A the shape alone: one feature, so that E can stand for it.
-    make = lambda place: native_adapter(  # noqa: E731
-        context(rows.device), 1, width, r, B.dtype, rows.dtype, place=place
-    )
-    for first in range(0, groups, _LARGEST_GROUP):
-        shares = []
-        for k in range(first, min(first + _LARGEST_GROUP, groups)):
-            part = slice(k * width, (k + 1) * width)
-            share = Share(make(k - first), Triplets(E, E, B[part]), h=h[k], scaling=scaling)
-            if g is None:
-                share = share._replace(y=rows[:, part])
-            else:
-                share = share._replace(dy=rows[:, part], g=g[k], grads=Triplets(E, E, dB[part]))
-            shares.append(share)
-        call = GroupCall(shares, None)
-        if g is None:
-            call.forward(stage, stream=_stream(rows.device))
+def _forward(y: Tensor, h: Tensor, E: Tensor, B: Tensor, place: _Place, in_place: bool) -> Tensor:
+    output = _as_it_can_lie(y, place)
+    if output is y and not in_place:
+        output = y.clone()
+    _Products(output, h, E, B, place).forward()
+    return output
+
+
+def _as_it_can_lie(y: Tensor, place: _Place) -> Tensor:
+    """The tensor itself, or a copy in a layout that `_Products` takes."""
+    y = y.resolve_neg()
+    return y if y.is_contiguous() or y.movedim(place.channel_dim, -1).is_contiguous() else y.contiguous()
+
+
+class _Products:
+    """`y += scaling * left diag(E) right^T` for all matrices that y is made of, and what it means for gradients.
+
+    Where channels lie next to each other, there is one matrix [places, channels] for each group: left is h, right is B.
+    Where places do, there is one [channels, places] for each item of the batch and each group: left is B, right is h.
+
+    Args:
+        y: the output, or its gradient.
+        h: as in `svd_expand`, E and B too, all of the compute type.
+        E: values.
+        B: left vectors.
+        place: scaling, dimension of channels, groups.
+
+    """
+
+    def __init__(self, y: Tensor, h: Tensor, E: Tensor, B: Tensor, place: _Place) -> None:
+        groups, dim = place.groups, place.channel_dim % y.dim()
+        out, r = B.shape
+        batch, places = math.prod(y.shape[:dim]), math.prod(y.shape[dim + 1 :])
+        self.h_like, self.E, self.scaling = h, E.contiguous(), place.scaling
+        # [groups, batch, places, r] without gaps, which [groups, batch * places, r] is too.
+        h = h.resolve_neg().reshape(batch, groups, r, places).permute(1, 0, 3, 2).contiguous()
+        self.h_shape = h.shape
+        B = B.contiguous().view(1, groups, out // groups, r)
+        self.by_places = y.movedim(dim, -1).is_contiguous()
+        if self.by_places:
+            self.matrices = y.movedim(dim, -1).view(1, batch * places, groups, out // groups).transpose(1, 2)
+            self.left, self.right = h.view(1, groups, batch * places, r), B
         else:
-            call.backward(stage, accumulate=False, stream=_stream(rows.device))
+            self.matrices = y.view(batch, groups, out // groups, places)
+            self.left, self.right = B.expand(batch, -1, -1, -1), h.transpose(0, 1)
+
+    def forward(self) -> None:
+        """Add to y."""
+        self._run(Stage.EXPAND, None, None)
+
+    def backward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients for h, E and B, where y is the output's gradient."""
+        left, right, E = self.left, self.right, self.E.view(-1)
+        g = left.new_empty(left.shape)
+        d_right = torch.empty_like(right)
+        self._run(Stage.PROJECT, g, d_right)
+        dE = (g * left).sum(dim=(0, 1, 2)).view_as(self.E)
+        d_left = g.mul_(E)
+        dh, dB = (d_left, d_right) if self.by_places else (d_right.transpose(0, 1), d_left.sum(dim=0))
+        # As h lies, so that the operator before finds the layout that it chose.
+        like = self.h_like
+        dh = dh.reshape(self.h_shape).permute(1, 0, 3, 2).reshape(like.shape)
+        return torch.empty_like(like).copy_(dh), dE, dB.reshape(-1, left.shape[-1])
+
+    def _run(self, stage: Stage, g: Tensor | None, d_right: Tensor | None) -> None:
+        calls = _calls(self.matrices, *self.right.shape[2:], self.left.dtype)
+        calls.run(stage, self.matrices, self.left, self.right, self.E, self.scaling, g, d_right)
+
+
+def _place_of(name: str) -> int:
+    """Where a field of `adalora_call_t` stands, such as "params.A.data", in words of 8 bytes."""
+    kind, offset = c.adalora_call_t, 0
+    for field in name.split("."):
+        offset += getattr(kind, field).offset
+        kind = dict(kind._fields_)[field]
+    return offset // 8
+
+
+_FIELDS = ("y", "dy", "params.A", "params.E", "params.B", "grads.A", "grads.E", "grads.B")
+_DATA = {name: _place_of(f"{name}.data") for name in _FIELDS} | {name: _place_of(name) for name in ("h", "g")}
+_ROWS = {name: _place_of(f"{name}.rows") for name in ("y", "dy")}
+_STRIDE = {name: _place_of(f"{name}.row_stride") for name in ("y", "dy")}
+_SCALING = _place_of("scaling")
+
+
+class _Calls:
+    """C descriptors for the products of one geometry, refilled for each call of one thread.
+
+    An adapter of one input feature stands for each matrix: these stages do not read x, and of A the shape alone, so
+    that E can stand for it.
+    """
+
+    def __init__(self, threads: int, device: torch.device, dtype: torch.dtype, n: int, r: int, compute: torch.dtype):
+        on = context(device, threads)
+        adapters = [native_adapter(on, 1, n, r, compute, dtype, place=k) for k in range(_LARGEST_CALL)]
+        self._library = adapters[0].library
+        self._handles = [adapter.handle for adapter in adapters]
+        self._structs = (c.adalora_call_t * len(adapters))()
+        self._words = np.frombuffer(self._structs, np.int64).reshape(len(adapters), -1)
+        self._reals = self._words.view(np.float64)
+        self._sizes: dict[tuple[int, int], int] = {}
+        for struct, adapter, handle in zip(self._structs, adapters, self._handles, strict=True):
+            struct.struct_size, struct.adapter = ctypes.sizeof(c.adalora_call_t), handle.pointer
+            for matrix in (struct.y, struct.dy):
+                matrix.columns, matrix.dtype = n, adapter.activation_dtype
+            for triplets in (struct.params, struct.grads):
+                for matrix, shape in ((triplets.A, (r, 1)), (triplets.E, (1, r)), (triplets.B, (n, r))):
+                    matrix.rows, matrix.columns, matrix.dtype = *shape, adapter.param_dtype
+
+    def run(
+        self,
+        stage: Stage,
+        matrices: Tensor,
+        left: Tensor,
+        right: Tensor,
+        E: Tensor,
+        scaling: float,
+        g: Tensor | None,
+        d_right: Tensor | None,
+    ) -> None:
+        """Forward's second stage, which adds to the matrices, or backward's first, which writes g and d_right."""
+        output, m = "y" if g is None else "dy", matrices.shape[2]
+        given = {output: matrices, "h": left, "params.B": right, "g": g, "grads.B": d_right}
+        addresses = {_DATA[name]: _addresses(tensor) for name, tensor in given.items() if tensor is not None}
+        words = self._words
+        for name in ("params.A", "params.E", "grads.A", "grads.E"):
+            words[:, _DATA[name]] = E.data_ptr()
+        self._reals[:, _SCALING] = scaling
+        words[:, _ROWS[output]], words[:, _STRIDE[output]] = m, matrices.stride(2) if m > 1 else 0
+        stride, count = ctypes.sizeof(c.adalora_call_t), matrices.shape[0] * matrices.shape[1]
+        for first in range(0, count, _LARGEST_CALL):
+            n = min(_LARGEST_CALL, count - first)
+            for place, values in addresses.items():
+                words[:n, place] = values[first : first + n] if count > 1 else values
+            workspace = _workspace(E.device, self._workspace_bytes(n, m))
+            where = workspace.data_ptr(), workspace.numel(), _stream(E.device)
+            if g is None:
+                self._library.adalora_adapter_forward(self._structs, stride, n, stage, None, *where)
+            else:
+                self._library.adalora_adapter_backward(self._structs, stride, n, stage, 0, None, None, *where)
+
+    def _workspace_bytes(self, n: int, m: int) -> int:
+        found = self._sizes.get((n, m))
+        if found is None:
+            size, stride = ctypes.c_size_t(), ctypes.sizeof(c.adalora_call_t)
+            self._library.adalora_adapter_sizes(self._structs, stride, n, m, None, ctypes.byref(size))
+            found = self._sizes[n, m] = size.value
+        return found
+
+
+def _addresses(matrices: Tensor) -> int | np.ndarray:
+    """Where each of the matrices begins."""
+    first, second = matrices.shape[:2]
+    if first * second == 1:
+        return matrices.data_ptr()
+    offsets = np.arange(first)[:, None] * matrices.stride(0) + np.arange(second) * matrices.stride(1)
+    return matrices.data_ptr() + matrices.element_size() * offsets.reshape(-1)
+
+
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Any, ...], _Calls] = {}
+        self.workspace = torch.empty(0, dtype=torch.uint8)
+
+
+_this_thread = _ThisThread()
+
+
+def _calls(matrices: Tensor, n: int, r: int, compute: torch.dtype) -> _Calls:
+    key = (torch.get_num_threads(), matrices.device, matrices.dtype, n, r, compute)
+    found = _this_thread.calls.get(key)
+    if found is None:
+        found = _this_thread.calls[key] = _Calls(*key)
+    return found
+
+
+def _workspace(device: torch.device, size: int) -> Tensor:
+    """Working memory: on the CPU the thread's own; elsewhere new, which PyTorch's allocator orders by stream."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    if _this_thread.workspace.numel() < size:
+        _this_thread.workspace = torch.empty(size, dtype=torch.uint8)
+    return _this_thread.workspace
