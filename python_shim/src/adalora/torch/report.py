@@ -74,7 +74,7 @@ class RankReport:
         """Note where the ranks stand: after every step, or after those with a mask.
 
         It reads from the device where a mask fell, and once more before the last mask, which clears the scores; for
-        other steps nothing is read.
+        other steps nothing is read. Where processes share the parameters' rows, all of them record.
 
         Args:
             step: what the allocator's last step was: `update_and_allocate`'s argument, or with `AdamW`
