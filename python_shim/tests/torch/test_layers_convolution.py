@@ -155,7 +155,10 @@ def test_one_image_no_image_and_no_triplet():
     assert empty.shape == (0, 9, 4, 3)
     gradients = torch.autograd.grad(empty.sum(), params)
     assert all(g.shape == p.shape and not g.any() for g, p in zip(gradients, params, strict=True))
-    assert torch.equal(svd_conv(x, y, *triplets(base, 0), 0.7, base=base), y)
+    params = triplets(base, 0)
+    found = svd_conv(x, y, *params, 0.7, base=base)
+    assert torch.equal(found, y)
+    assert [g.numel() for g in torch.autograd.grad(found.sum(), params)] == [0, 0, 0]
 
 
 def test_gradients_are_not_differentiated_again():

@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -317,6 +318,38 @@ def test_what_cannot_be_adapted_is_refused(kind, layer, message):
         with pytest.raises(InvalidArgumentError, match=r"target_modules: expected .* found 0, which "):
             adapt(model, config(target_modules=["0"]))
     assert model[0] is layer
+
+
+def test_layers_without_triplets(ids):
+    model = network(init_r=0, target_r=0)
+    plain = Network()
+    plain.load_state_dict(unload(network()).state_dict())
+    found = model(ids)
+    assert torch.equal(found, plain(ids))
+    found.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_model_that_asks_its_convolutions_for_their_strides():
+    """Whisper's encoder does; its convolutions and the words' embedding are adapted."""
+    settings = transformers.WhisperConfig(
+        vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8,
+        num_mel_bins=4, max_source_positions=6, max_target_positions=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    model = transformers.WhisperForConditionalGeneration(settings).eval()
+    given = {"input_features": torch.randn(2, 4, 12), "labels": torch.randint(3, 20, (2, 5))}
+    before = model(**given).logits
+    with pytest.warns(UserWarning, match="embed_tokens: shares its weight with proj_out"):
+        adapt(model, config(target_modules=["conv1", "conv2", "q_proj", "embed_tokens"]))
+    output = model(**given)
+    assert not torch.allclose(output.logits, before, atol=1e-3)
+    output.loss.backward()
+    layers = named_adapters(model)
+    assert {type(layer) for layer in layers.values()} == {SVDConv1d, SVDEmbedding, SVDLinear}
+    assert all(layer.lora_E["default"].grad.any() for layer in layers.values())
 
 
 def test_a_tied_output_layer_is_warned_of():

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
-from .expand import _fitting, svd_expand
-from .layers import Refusal, SVDLayer
+from .expand import _fitting, svd_expand, without_triplets
+from .layers import Refusal, SVDLayer, of_base_layer
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
 
@@ -64,7 +64,7 @@ def svd_conv(
     if E.shape != (filters[0], 1):
         raise InvalidArgumentError(f"E: expected shape {[filters[0], 1]}, found {list(E.shape)}")
     if filters[0] == 0:
-        return y
+        return without_triplets(y, A, E, B)
     A = _fitting(A, y.dtype)
     x = x.to(A.dtype)
     if lora_dropout:
@@ -88,6 +88,11 @@ def svd_conv(
 
 
 class _SVDConvolution(SVDLayer):
+    # Models look at them.
+    in_channels, out_channels, groups = map(of_base_layer, ("in_channels", "out_channels", "groups"))
+    kernel_size, stride, dilation = map(of_base_layer, ("kernel_size", "stride", "dilation"))
+    padding, padding_mode = map(of_base_layer, ("padding", "padding_mode"))
+
     @classmethod
     def refusal(cls, base_layer: nn.Module) -> Refusal | None:
         """Why a layer cannot be adapted; None: it can."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .expand import _fitting, svd_expand
-from .layers import Refusal, SVDLayer
+from .layers import Refusal, SVDLayer, of_base_layer
 
 
 class SVDEmbedding(SVDLayer):
@@ -26,6 +26,8 @@ class SVDEmbedding(SVDLayer):
 
     base_types = (nn.Embedding,)
     fan_in_fan_out = True
+    # Models look at them.
+    num_embeddings, embedding_dim, padding_idx = map(of_base_layer, ("num_embeddings", "embedding_dim", "padding_idx"))
 
     @classmethod
     def refusal(cls, base_layer: nn.Module) -> Refusal | None:

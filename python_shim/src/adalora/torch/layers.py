@@ -41,6 +41,11 @@ def _weight_refusal(weight: Tensor) -> Refusal | None:
     return None if weight.is_floating_point() else Refusal("a floating-point weight", f"holds {weight.dtype}")
 
 
+def of_base_layer(name: str) -> Any:
+    """A property of an adapted layer that is its base layer's."""
+    return property(lambda layer: getattr(layer.base_layer, name), doc=f"The base layer's {name}.")
+
+
 class SVDLayer(nn.Module):
     """A frozen layer and its SVD adapters: what all kinds have in common.
 
