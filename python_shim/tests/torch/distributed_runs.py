@@ -139,6 +139,7 @@ class Run:
         penalty: "gradient" after backward, or in the "loss".
         checkpointing: of activations.
         unused: whether a layer is not used at times.
+        scaled: by a `GradScaler`, which the clipping of every other step finds at work.
         seed: of the adapters' values.
         changed: settings.
 
@@ -153,9 +154,11 @@ class Run:
         penalty: str = "gradient",
         checkpointing: bool = False,
         unused: bool = True,
+        scaled: bool = False,
         seed: int = 3,
         **changed: Any,
     ) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=scaled)
         self.way, self.clip, self.penalty, self.unused = way, clip, penalty, unused
         self.model = network(checkpointing, seed, **changed)
         self.called = prepared(way, self.model)
@@ -166,7 +169,14 @@ class Run:
             self.optimizer: torch.optim.Optimizer = AdamW(self.params, self.allocator, lr=2e-2)
         else:
             self.optimizer = torch.optim.AdamW(self.params, lr=2e-2)
-        self.seen: dict[str, Any] = {"digests": [], "patterns": [], "norms": [], "penalties": [], "scores": []}
+        self.seen: dict[str, Any] = {
+            "digests": [],
+            "patterns": [],
+            "norms": [],
+            "penalties": [],
+            "scales": [],
+            "scores": [],
+        }
 
     def train(self, begin: int = 0, end: int = STEPS) -> Run:
         """Some steps."""
@@ -182,18 +192,21 @@ class Run:
             value = allocator.orthogonality_loss()
             seen["penalties"].append(value.item())
             loss = loss + value
-        loss.backward()
+        self.scaler.scale(loss).backward()
         if self.way == "flat":
             all_reduce_gradients(self.params)
         if self.penalty == "gradient":
-            seen["penalties"].append(allocator.orthogonality())
+            seen["penalties"].append(allocator.orthogonality(loss_scale=self.scaler.get_scale()))
         if step == INFINITE:
             make_infinite(allocator.parameters()[4].grad)
-        if self.clip is not None:
+        if self.clip is not None and not (self.scaler.is_enabled() and step % 2):
+            self.scaler.unscale_(optimizer)
             clip = optimizer.clip_grad_norm_ if self.ours else partial(nn.utils.clip_grad_norm_, self.params)
             seen["norms"].append(whole(clip(self.clip)).item())
-        if self.ours or step != INFINITE:
-            optimizer.step()
+        if self.ours or step != INFINITE or self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            seen["scales"].append(self.scaler.get_scale())
         if not self.ours:
             allocator.update_and_allocate(step)
         optimizer.zero_grad(set_to_none=self.way != "flat")

@@ -29,7 +29,7 @@ def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     """All processes have seen what the one has seen."""
     assert any(pattern != expected["patterns"][0] for pattern in expected["patterns"])
     for each in found:
-        for what in ("patterns", "digests", "skipped"):
+        for what in ("patterns", "digests", "skipped", "scales"):
             assert each[what] == expected[what], what
         for what in ("penalties", "norms", "scores"):
             np.testing.assert_allclose(each[what], expected[what], rtol=1e-9, err_msg=what)
@@ -80,6 +80,12 @@ def test_sharded_by_four(four, way):
 def test_the_penalty_in_the_loss_and_no_clipping(two, way, optimizer_of):
     # DistributedDataParallel takes no parameter for unused that the loss depends on elsewhere.
     run(two, way, {"optimizer_of": optimizer_of, "penalty": "loss", "clip": None, "unused": way != "ddp"})
+
+
+@pytest.mark.parametrize("optimizer_of", ["adalora", "torch"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_grad_scaler(two, way, optimizer_of):
+    run(two, way, {"optimizer_of": optimizer_of, "scaled": True})
 
 
 # What is refused

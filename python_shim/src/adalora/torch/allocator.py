@@ -396,7 +396,8 @@ class RankAllocator:
         """Take over whether a gradient is not finite, in any process: above 0 where one is, one value."""
         self.found_inf.copy_(found_inf)
         if self._sharding is not None:
-            self._sharding.sum(self.found_inf)
+            # PyTorch's kernels take nothing but 0 and 1.
+            self._sharding.sum(self.found_inf).clamp_(max=1)
 
     def adamw_step(self, global_step: int) -> None:
         """AdamW, importance and mask in one pass, from `grad_factor` and `found_inf`; after `place`."""
