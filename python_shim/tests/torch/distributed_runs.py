@@ -32,6 +32,7 @@ from adalora.torch import (
     RankAllocator,
     SVDLinear,
     adapt,
+    export_lora,
     load_adapter,
     load_training_state,
     merge,
@@ -141,6 +142,7 @@ class Run:
         unused: whether a layer is not used at times.
         scaled: by a `GradScaler`, which the clipping of every other step finds at work.
         seed: of the adapters' values.
+        folder: what to load before the model is spread.
         changed: settings.
 
     """
@@ -156,11 +158,14 @@ class Run:
         unused: bool = True,
         scaled: bool = False,
         seed: int = 3,
+        folder: Path | None = None,
         **changed: Any,
     ) -> None:
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=scaled)
         self.way, self.clip, self.penalty, self.unused = way, clip, penalty, unused
         self.model = network(checkpointing, seed, **changed)
+        if folder is not None:
+            load_adapter(self.model, folder, is_trainable=True)
         self.called = prepared(way, self.model)
         self.allocator = RankAllocator(self.model)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -239,20 +244,23 @@ def trained(way: str, options: dict[str, Any]) -> dict[str, Any]:
     return Run(way, **options).train().result()
 
 
-def saved_after(way: str, options: dict[str, Any], stop: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def saved_after(way: str, options: dict[str, Any], stop: int, folder: Path) -> list[dict[str, Any]]:
     """A run that saves at a step and goes on, and another that begins there."""
-    run = Run(way, **options).train(0, stop)
+    run = Run(way, **options)
+    torch.manual_seed(dist.get_rank())
+    run.train(0, stop)
     save_adapter(run.model, folder)
     objects = {"optimizer": run.optimizer} | ({} if run.ours else {"allocator": run.allocator})
     save_training_state(folder, **objects)
-    other = resumed(way, {**options, "seed": 4}, folder)
-    return run.train(stop).result(), other.result()
+    expected = run.train(stop).result()
+    return [expected, *(resumed(way, {**options, "seed": 4}, folder, early).result() for early in (False, True))]
 
 
-def resumed(way: str, options: dict[str, Any], folder: Path, **more: Any) -> Run:
-    """A run that goes on from what was saved."""
-    run = Run(way, **options)
-    load_adapter(run.model, folder, is_trainable=True)
+def resumed(way: str, options: dict[str, Any], folder: Path, early: bool = False, **more: Any) -> Run:
+    """A run that goes on from what was saved, with an adapter that is loaded before the model is spread or after."""
+    run = Run(way, **options, folder=folder if early else None)
+    if not early:
+        load_adapter(run.model, folder, is_trainable=True)
     objects = {"optimizer": run.optimizer} | ({} if run.ours else {"allocator": run.allocator})
     load_training_state(folder, **objects, **more)
     begin = run.optimizer.global_step if run.ours else run.allocator.standing().last_step + 1
@@ -284,6 +292,42 @@ def saved(way: str, folder: Path) -> None:
     model = network()
     prepared(way, model)
     save_adapter(model, folder)
+    export_lora(model, folder / "lora")
+
+
+def finalized(way: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run whose last mask is taken by hand, and what is left of it by a reset."""
+    run = Run(way).train(0, 6)
+    run.allocator.finalize()
+    run.seen["patterns"].append(run.allocator.rank_pattern())
+    result = run.result()
+    run.allocator.reset()
+    standing = run.allocator.standing()
+    return result, {"last_step": standing.last_step, "is_final": standing.is_final, "live": standing.live_triplets}
+
+
+def flat_buffer() -> None:
+    """Gradients in one buffer, which stays where it is, with one that only the first process has."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (1,))]
+    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    params[0].grad = torch.full((2, 3), float(rank))
+    if rank == 0:
+        params[1].grad = torch.arange(4.0)
+    for times in (1.0, 2.0):
+        all_reduce_gradients(iter([params[0], frozen, params[1], params[2]]))
+        assert torch.equal(params[0].grad, torch.full((2, 3), times * (size - 1) / 2))
+        assert torch.equal(params[1].grad, torch.arange(4.0) / size * times)
+        assert torch.equal(params[2].grad, torch.zeros(1))
+        assert frozen.grad is None
+        buffer = params[0].grad.untyped_storage()
+        assert buffer.nbytes() == 11 * 4
+        assert all(p.grad.untyped_storage().data_ptr() == buffer.data_ptr() for p in params)
+        if times == 1.0:
+            before = buffer.data_ptr()
+            params[0].grad.fill_(2.0 * rank)
+            params[1].grad.copy_(2 * torch.arange(4.0) if rank == 0 else torch.zeros(4))
+    assert buffer.data_ptr() == before
 
 
 def refused() -> dict[str, str]:

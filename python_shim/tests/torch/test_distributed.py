@@ -82,6 +82,17 @@ def test_the_penalty_in_the_loss_and_no_clipping(two, way, optimizer_of):
     run(two, way, {"optimizer_of": optimizer_of, "penalty": "loss", "clip": None, "unused": way != "ddp"})
 
 
+def test_the_last_mask_by_hand(two):
+    expected, after = runs.finalized("alone")
+    found = two.run(runs.finalized, "fsdp")
+    assert_same([each for each, _ in found], expected)
+    assert [standing for _, standing in found] == [after, after]
+
+
+def test_one_buffer_of_gradients(two):
+    two.run(runs.flat_buffer)
+
+
 @pytest.mark.parametrize("optimizer_of", ["adalora", "torch"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_grad_scaler(two, way, optimizer_of):
@@ -111,13 +122,19 @@ def test_what_is_spread_otherwise_is_refused(two):
 # Saving and loading
 
 
-@pytest.mark.parametrize("optimizer_of", ["adalora", "torch"])
-@pytest.mark.parametrize("stop", [4, 13])
+@pytest.mark.parametrize(("optimizer_of", "stop"), [("adalora", 4), ("torch", 8), ("adalora", 13)])
 def test_a_sharded_run_is_resumed(two, optimizer_of, stop, tmp_path):
-    options = {"optimizer_of": optimizer_of}
-    for whole_run, resumed in two.run(runs.saved_after, "fsdp", options, stop, tmp_path):
-        assert_equal(resumed, whole_run)
-    # By one process, too.
+    # With random numbers of each process's own.
+    options = {"optimizer_of": optimizer_of, "lora_dropout": 0.2}
+    for whole_run, *resumed in two.run(runs.saved_after, "fsdp", options, stop, tmp_path):
+        for each in resumed:
+            assert_equal(each, whole_run)
+
+
+@pytest.mark.parametrize("optimizer_of", ["adalora", "torch"])
+def test_a_sharded_run_is_resumed_by_one_process(two, optimizer_of, tmp_path):
+    stop, options = 8, {"optimizer_of": optimizer_of}
+    two.run(runs.saved_after, "fsdp", options, stop, tmp_path)
     continued = runs.resumed("alone", options, tmp_path, rng=False).result()
     expected = runs.trained("alone", options)
     assert continued["patterns"] == expected["patterns"][stop:]
@@ -134,8 +151,10 @@ def test_a_sharded_run_is_resumed_from_pytorchs_distributed_checkpoint(two, opti
 def test_the_files_of_a_sharded_model_are_those_of_one_process(two, tmp_path):
     two.run(runs.saved, "fsdp", tmp_path / "sharded")
     runs.saved("alone", tmp_path / "alone")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file()]
+    assert len(files) == 4
+    for path in files:
+        assert (tmp_path / "sharded" / path).read_bytes() == (tmp_path / "alone" / path).read_bytes(), path
 
 
 def assert_equal(resumed: dict[str, Any], whole_run: dict[str, Any]) -> None:

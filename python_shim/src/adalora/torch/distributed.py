@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: ProcessGroup | None = None) -> None:
-    """Average the gradients of trained parameters over processes: one buffer and one all-reduce for each element type.
+    """Average the gradients of trained parameters over processes: one buffer and one all-reduce for all of one type.
 
     For models that neither `DistributedDataParallel` nor `fully_shard` has, which do it themselves. To be called after
     backward, and before the penalty and clipping. Where losses are means over equal shares of a batch, the average is
@@ -43,10 +43,10 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: ProcessGroup
         group: whose processes; None: all.
 
     """
-    by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+    by_type: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for p in parameters:
         if p.requires_grad:
-            by_type.setdefault(p.dtype, []).append(p)
+            by_type.setdefault((p.dtype, p.device), []).append(p)
     for params in by_type.values():
         flat = flatten_gradients(params)
         dist.all_reduce(flat, group=group)
