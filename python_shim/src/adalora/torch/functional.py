@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
@@ -11,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 
 from .. import _bindings as c
 from ..adapter import Adapter, Stage
 from ..arrays import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, NAMES, View, view
 from ..context import Context
-from ..errors import InvalidArgumentError, UnsupportedError
+from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from .distributed import is_dtensor
 
 DTYPES = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -147,28 +149,28 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     """
     if not parts:
         raise InvalidArgumentError("parts: expected at least one, found none")
-    _check_mode(x, parts)
-    if traced():
-        # At its first use: the operators are made from what stands here.
-        from .operators import by_operator
+    ys, As, Es, Bs, scalings, dropouts, in_place, weights = zip(*parts, strict=True)
+    tensors = (x, *ys, *As, *Es, *Bs)
+    call = None if torch.compiler.is_dynamo_compiling() else _this_thread.hints.get(id(As[0]))
+    if call is None or not call.knows(tensors, dropouts):
+        _check_mode(x, parts)
+        if traced():
+            # At its first use: the operators are made from what stands here.
+            from .operators import by_operator
 
-        _check(x, parts)
-        return by_operator(x, parts)
-    call = prepared(x, parts)
-    ys, As, Es, Bs, scalings, _, in_place, weights = zip(*parts, strict=True)
-    if x.dtype is not call.dtype:
-        x = x.to(call.dtype)
-    if call.casts:
-        types = call.param_dtypes
-        As, Es, Bs = (tuple(p.to(dtype) for p, dtype in zip(ps, types, strict=True)) for ps in (As, Es, Bs))
+            _check(x, parts)
+            return by_operator(x, parts)
+        call = prepared(x, parts)
+        tensors = call.fitting(tensors)
+        call.learn(tensors)
     seeds = None
     if call.drops:
         # Row by row a part's seed and offset.
         seeds = torch.randint(2**63 - 1, (len(parts), 2), dtype=torch.int64, device=x.device)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *ys, *As, *Es, *Bs):
-        return list(_SVDLinear.apply(call, scalings, in_place, weights, seeds, x, *ys, *As, *Es, *Bs))
+    if call.needs_grad and torch.is_grad_enabled():
+        return list(_SVDLinear.apply(call, scalings, in_place, weights, seeds, *tensors))
     outputs = _to_write(ys, in_place)
-    call.forward(x, As, Es, Bs, outputs, scalings, None, seeds)
+    call.forward(tensors[0], tensors[1 + len(ys) :], outputs, scalings, None, seeds)
     return outputs
 
 
@@ -192,6 +194,7 @@ def prepared(x: Tensor, parts: Sequence[Part]) -> Call:
         call = _call(key)
         call.set_tokens(x.shape[:-1].numel())
         call.shapes = shapes
+    call.regular = False
     return call
 
 
@@ -297,13 +300,14 @@ class _SVDLinear(torch.autograd.Function):
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        n = len(scalings)
+        n = call.n
+        params = tensors[n:]
         outputs = _to_write(tensors[:n], in_place)
         # h of one part after the other: one tensor to keep until backward.
-        h = torch.empty(call.tokens * call.starts[-1], dtype=call.compute_dtype, device=x.device)
-        call.forward(x, tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :], outputs, scalings, h, seeds)
-        ctx.call, ctx.scalings, ctx.tokens = call, scalings, call.tokens
-        ctx.save_for_backward(x, h, seeds, *weights, *tensors[n:])
+        h = torch.empty(call.h_size, dtype=call.compute_dtype, device=call.device)
+        call.forward(x, params, outputs, scalings, h, seeds)
+        ctx.known = call, call.tokens, call.regular, scalings
+        ctx.save_for_backward(x, h, seeds, *weights, *params)
         if True in in_place:
             ctx.mark_dirty(*(y for y, overwrite in zip(outputs, in_place, strict=True) if overwrite))
         ctx.set_materialize_grads(False)
@@ -313,27 +317,27 @@ class _SVDLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, seeds, *others = ctx.saved_tensors
-        n, call = len(dys), ctx.call
-        weights, As, Es, Bs = (others[k : k + n] for k in range(0, 4 * n, n))
+        call, tokens, regular, scalings = ctx.known
+        n = call.n
+        weights, params = others[:n], others[n:]
+        call.check_again(x, tokens, params)
         # An output that the loss does not depend on has no gradient to give on.
         given = [k for k, dy in enumerate(dys) if dy is not None]
         dx = None
         if ctx.needs_input_grad[5] and given:
             dx = _base_gradient(x, [(_rows(dys[k]), weights[k]) for k in given if weights[k] is not None])
         grads: list[Tensor | None] = [None] * (3 * n)
-        shares = []
-        for k in given:
-            A, E, B = As[k], Es[k], Bs[k]
-            grads[k], grads[n + k], grads[2 * n + k] = dA, dE, dB = _empty_like(A), _empty_like(E), _empty_like(B)
-            h_at = h.data_ptr() + ctx.tokens * call.starts[k] * h.element_size()
-            seed_at = None if seeds is None else seeds.data_ptr() + 16 * k
-            shares.append((A, E, B, ctx.scalings[k], dys[k], dA, dE, dB, h_at, seed_at))
-        if shares:
+        for at in range(0, 3 * n, n):
+            for k in given:
+                grads[at + k] = _empty_like(params[at + k])
+        if given:
+            h_at = [h.data_ptr() + offset for offset in call.h_offsets(tokens)]
             if len(given) < n or call.thread != threading.get_ident():
                 call = _call((*call.key[:2], *(call.key[2 + k] for k in given)))
-            if call.tokens != ctx.tokens:
-                call.set_tokens(ctx.tokens)
-            call.backward(x, dx, shares)
+            if call.tokens != tokens:
+                call.set_tokens(tokens)
+            call.regular = regular
+            call.backward(x, dx, given, dys, params, grads, scalings, h_at, seeds)
         return (None, None, None, None, None, dx, *dys, *grads)
 
 
@@ -353,6 +357,8 @@ def _base_gradient(x: Tensor, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _to_write(ys: Sequence[Tensor], in_place: Sequence[bool]) -> list[Tensor]:
     """Where outputs go: tensors that hold the base layer's."""
+    if False not in in_place:
+        return list(ys)
     return [
         y if overwrite else y.clone(memory_format=torch.contiguous_format)
         for y, overwrite in zip(ys, in_place, strict=True)
@@ -362,6 +368,8 @@ def _to_write(ys: Sequence[Tensor], in_place: Sequence[bool]) -> list[Tensor]:
 def _empty_like(p: Tensor) -> Tensor:
     return torch.empty_like(p) if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format)
 
+
+_MOST_GUARDS, _MOST_HINTS = 64, 1 << 14
 
 # Where fields stand in words of 8 bytes.
 _MATRIX, _STRUCT = (ctypes.sizeof(kind) // 8 for kind in (c.adalora_matrix_t, c.adalora_call_t))
@@ -396,21 +404,33 @@ class Call:
     def __init__(self, key: tuple[Any, ...]) -> None:
         self.key = key
         self.thread = threading.get_ident()
-        threads, device, *geometries = key
-        self._device = device
+        self.threads, self.device, *geometries = key
+        self.n = len(geometries)
         self.dtype = geometries[0][1]
         self.compute_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.drops = any(geometry[0] for geometry in geometries)
-        self.param_dtypes, self.starts, self.casts = [], [0], False
+        self.dropouts = tuple(geometry[0] for geometry in geometries)
+        self.drops = any(self.dropouts)
+        self.regular = False
+        """Whether the tensors of the call that comes are contiguous, and of the types that the native call takes."""
+        self.needs_grad = False
+        self._shapes = [(geometry[3], geometry[6], geometry[9]) for geometry in geometries]
+        self._ranks = [A[0] for A, _, _ in self._shapes]
+        self._param_dtypes, self._casts = [], False
         adapters = []
         for k, (lora_dropout, _, _, A, A_dtype, _, _, E_dtype, _, B, B_dtype, _) in enumerate(geometries):
             dtype = param_dtype(self.dtype, A_dtype, E_dtype, B_dtype)
-            self.casts = self.casts or {A_dtype, E_dtype, B_dtype} != {dtype}
-            self.param_dtypes.append(dtype)
-            self.starts.append(self.starts[-1] + A[0])
+            self._casts = self._casts or {A_dtype, E_dtype, B_dtype} != {dtype}
+            self._param_dtypes.append(dtype)
             adapters.append(
                 native_adapter(
-                    context(device, threads), A[1], B[0], A[0], dtype, self.dtype, lora_dropout=lora_dropout, place=k
+                    context(self.device, self.threads),
+                    A[1],
+                    B[0],
+                    A[0],
+                    dtype,
+                    self.dtype,
+                    lora_dropout=lora_dropout,
+                    place=k,
                 )
             )
         self.library = adapters[0].library
@@ -424,7 +444,10 @@ class Call:
         matrices = [c.adalora_matrix_t.from_buffer(self._words, 8 * at) for at in (_X, _DX)]
         for matrix in matrices:
             matrix.columns, matrix.dtype = adapters[0].in_features, code
-        self._x, self._dx = map(ctypes.byref, matrices)
+        x, dx = map(ctypes.byref, matrices)
+        both, overwrite = int(Stage.BOTH), 0
+        self._forward_arguments = (*self._group, both, x)
+        self._backward_arguments = (*self._group, both, overwrite, x, dx)
         for adapter, handle, struct in zip(adapters, self._handles, structs, strict=True):
             struct.struct_size = ctypes.sizeof(c.adalora_call_t)
             struct.adapter = handle.pointer
@@ -439,17 +462,67 @@ class Call:
                     matrix.rows, matrix.columns, matrix.dtype = rows, columns, adapter.param_dtype
             matrices += (struct.y, struct.dy)
         self._of_tokens = matrices
-        parts = range(len(adapters))
-        self._params = [_places(k, "params.A", "params.E", "params.B", "scaling") for k in parts]
-        self._forward = [_places(k, "y", "h") for k in parts]
-        self._backward = [_places(k, "grads.A", "grads.E", "grads.B", "h") for k in parts]
-        self._dy = [_places(k, "dy")[0] for k in parts]
-        self._dropout = [_places(k, "dropout.seed", "dropout.offset") for k in parts]
+        self._seen = [
+            _places(k, "params.A", "params.E", "params.B", "scaling", "h", "dropout.seed", "dropout.offset")
+            for k in range(self.n)
+        ]
+        self._y = [_places(k, "y.data")[0] for k in range(self.n)]
+        self._gradients = [_places(k, "dy.data", "grads.A", "grads.E", "grads.B") for k in range(self.n)]
         self.tokens = -1
         self.shapes: list[torch.Size] | None = None
         """Shapes of x and of each y, where `prepared` found them to fit."""
-        self._scratch = _this_thread.scratch
+        self._guards: dict[Any, tuple[Any, int, bool]] = {}
+        self._guard: tuple[Any, int, bool] = (lambda *_: False, 0, False)
+        # On the CPU.
+        self._scratch = _this_thread.scratch if self.device.type == "cpu" else None
         self._workspace_bytes = 0
+
+    def knows(self, tensors: tuple[Tensor, ...], dropouts: tuple[float, ...]) -> bool:
+        """Whether the tensors (x, each y, A, E and B) are as those of an earlier call, which `learn` saw."""
+        holds, tokens, needs_grad = self._guard
+        if (
+            dropouts != self.dropouts
+            or torch.get_num_threads() != self.threads
+            or forward_ad._current_level >= 0
+            or not holds(*tensors)
+        ):
+            return False
+        if tokens != self.tokens:
+            self.set_tokens(tokens)
+        self.regular, self.needs_grad = True, needs_grad
+        return True
+
+    def learn(self, tensors: tuple[Tensor, ...]) -> None:
+        """Look at the tensors of the call that comes, and remember what an equal one can do without."""
+        self.needs_grad = torch._C._any_requires_grad(*tensors)
+        self.regular = all(t.is_contiguous() and not t.is_neg() for t in tensors)
+        if not self.regular:
+            return
+        properties = tuple((type(t), t.shape, t.requires_grad) for t in tensors)
+        known = self._guards.get(properties)
+        if known is None or not known[0](*tensors):
+            if len(self._guards) >= _MOST_GUARDS:
+                self._guards.clear()
+            # What compiled graphs look at before they run: types, devices, shapes, strides and modes in one go.
+            guards = TensorGuards(
+                *tensors,
+                dynamic_dims_sizes=[list(t.shape) for t in tensors],
+                dynamic_dims_strides=[list(t.stride()) for t in tensors],
+            )
+            known = self._guards[properties] = (guards.check, self.tokens, self.needs_grad)
+        self._guard = known
+        hints = _this_thread.hints
+        if len(hints) >= _MOST_HINTS:
+            hints.clear()
+        hints[id(tensors[1 + self.n])] = self
+
+    def fitting(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """x, each y, A, E and B in types that go with each other."""
+        x, *others = tensors
+        ys, params = others[: self.n], others[self.n :]
+        if self._casts:
+            params = [p.to(dtype) for p, dtype in zip(params, 3 * self._param_dtypes, strict=True)]
+        return (x if x.dtype is self.dtype else x.to(self.dtype), *ys, *params)
 
     def set_tokens(self, tokens: int) -> None:
         """Say how many rows x and y have."""
@@ -458,13 +531,17 @@ class Call:
         for matrix in self._of_tokens:
             matrix.rows = tokens
         self.tokens, self.shapes, self._workspace_bytes = tokens, None, size.value
+        self.h_size = tokens * sum(self._ranks)
+
+    def h_offsets(self, tokens: int) -> list[int]:
+        """Bytes from the begin of all parts' h to each part's."""
+        size = tokens * self.compute_dtype.itemsize
+        return [size * begin for begin in itertools.accumulate(self._ranks, initial=0)][: self.n]
 
     def forward(
         self,
         x: Tensor,
-        As: Sequence[Tensor],
-        Es: Sequence[Tensor],
-        Bs: Sequence[Tensor],
+        params: Sequence[Tensor],
         outputs: Sequence[Tensor],
         scalings: Sequence[float],
         h: Tensor | None,
@@ -474,52 +551,88 @@ class Call:
 
         Args:
             x: [..., in].
-            As: [r, in] for each part, as everything that follows.
-            Es: [r, 1].
-            Bs: [out, r].
+            params: A, [r, in], of each part, then E, [r, 1], of each part, then B, [out, r].
             outputs: [..., out], contiguous.
             scalings: multipliers.
             h: all parts' elements; None: nothing is kept.
             seeds: [parts, 2]: seed and offset, where a part drops.
 
         """
+        h_at = None
+        if h is not None:
+            h_begin = h.data_ptr()
+            h_at = (h_begin,) if self.n == 1 else [h_begin + offset for offset in self.h_offsets(self.tokens)]
+        kept = self._fill(x, range(self.n), params, scalings, h_at, seeds)
         words = self._words
-        kept: list[Any] = [self._set_rows(_X, x)]
-        at = 0 if h is None else h.data_ptr()
-        for k, (A, E, B, output, scaling) in enumerate(zip(As, Es, Bs, outputs, scalings, strict=True)):
-            kept.append(self._set_params(k, A, E, B, scaling))
-            y_place, h_place = self._forward[k]
-            words[y_place], words[h_place] = output.data_ptr(), at
-            if h is not None:
-                at += self.tokens * A.shape[0] * h.element_size()
-            if seeds is not None:
-                self._set_dropout(k, seeds.data_ptr() + 16 * k)
-        self._run(self.library.adalora_adapter_forward, Stage.BOTH, self._x)
+        for place, output in zip(self._y, outputs, strict=True):
+            words[place] = output.data_ptr()
+        self._run(self.library.adalora_adapter_forward, self._forward_arguments)
+        del kept
 
-    def backward(self, x: Tensor, dx: Tensor | None, shares: Sequence[tuple[Any, ...]]) -> None:
+    def backward(
+        self,
+        x: Tensor,
+        dx: Tensor | None,
+        given: Sequence[int],
+        dys: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        scalings: Sequence[float],
+        h_at: Sequence[int],
+        seeds: Tensor | None,
+    ) -> None:
         """Write gradients for A, E and B, and add to the one for x.
 
         Args:
             x: as forward had it.
             dx: of x's shape, contiguous; None: not wanted.
-            shares: for each part A, E, B, the scaling, dy, dA, dE, dB, and the addresses of its h and of its seed.
+            given: which of the following there are descriptors for.
+            dys: gradients for each output.
+            params: as forward had them.
+            grads: as `params`, contiguous.
+            scalings: multipliers.
+            h_at: where each part's h stands.
+            seeds: as forward had them.
 
         """
+        n = len(dys)
+        kept = [self._fill(x, given, params, scalings, h_at, seeds)]
         words = self._words
-        kept: list[Any] = [self._set_rows(_X, x)]
         if dx is not None:
             words[_DX] = dx.data_ptr()
-        for k, (A, E, B, scaling, dy, dA, dE, dB, h_at, seed_at) in enumerate(shares):
-            kept.append(self._set_params(k, A, E, B, scaling))
-            kept.append(self._set_rows(self._dy[k], dy))
-            dA_place, dE_place, dB_place, h_place = self._backward[k]
-            words[dA_place], words[dE_place], words[dB_place] = dA.data_ptr(), dE.data_ptr(), dB.data_ptr()
-            words[h_place] = h_at
-            if seed_at is not None:
-                self._set_dropout(k, seed_at)
-        # Gradients are overwritten.
-        accumulate, dx_matrix = 0, None if dx is None else self._dx
-        self._run(self.library.adalora_adapter_backward, Stage.BOTH, accumulate, self._x, dx_matrix)
+        for k, (dy_place, A_place, E_place, B_place) in zip(given, self._gradients, strict=True):
+            kept.append(self._set_rows(dy_place, dys[k]))
+            words[A_place], words[E_place] = grads[k].data_ptr(), grads[n + k].data_ptr()
+            words[B_place] = grads[2 * n + k].data_ptr()
+        arguments = self._backward_arguments
+        self._run(self.library.adalora_adapter_backward, arguments if dx is not None else (*arguments[:-1], None))
+
+    def _fill(
+        self,
+        x: Tensor,
+        given: Sequence[int],
+        params: Sequence[Tensor],
+        scalings: Sequence[float],
+        h_at: Sequence[int] | None,
+        seeds: Tensor | None,
+    ) -> Any:
+        """Write what forward and backward both read; returns what has to live as long as the call."""
+        words, n = self._words, len(scalings)
+        if self.regular:
+            words[_X], words[_X + _STRIDE] = x.data_ptr(), 0
+        else:
+            params = [p.resolve_neg().contiguous() for p in params]
+            x = self._set_rows(_X, x)
+        for k, places in zip(given, self._seen, strict=True):
+            A_place, E_place, B_place, scaling_place, h_place, seed_place, offset_place = places
+            words[A_place], words[E_place] = params[k].data_ptr(), params[n + k].data_ptr()
+            words[B_place] = params[2 * n + k].data_ptr()
+            self._reals[scaling_place] = scalings[k]
+            words[h_place] = 0 if h_at is None else h_at[k]
+            if seeds is not None:
+                words[seed_place] = seed_at = seeds.data_ptr() + 16 * k
+                words[offset_place] = seed_at + 8
+        return x, params
 
     def _set_rows(self, place: int, tensor: Tensor) -> Tensor:
         """Point a matrix to a tensor's rows; returns what has to live as long as the call."""
@@ -532,35 +645,30 @@ class Call:
         words[place + _STRIDE] = rows.stride(0) if rows.shape[0] > 1 else 0
         return rows
 
-    def _set_params(self, k: int, A: Tensor, E: Tensor, B: Tensor, scaling: float) -> Any:
-        """Point a part to A, E and B; returns what has to live as long as the call."""
-        words = self._words
-        if (
-            not (A.is_contiguous() and E.is_contiguous() and B.is_contiguous())
-            or A.is_neg()
-            or E.is_neg()
-            or B.is_neg()
-        ):
-            A, E, B = (p.resolve_neg().contiguous() for p in (A, E, B))
-        A_place, E_place, B_place, scaling_place = self._params[k]
-        words[A_place], words[E_place], words[B_place] = A.data_ptr(), E.data_ptr(), B.data_ptr()
-        self._reals[scaling_place] = scaling
-        return A, E, B
+    def check_again(self, x: Tensor, tokens: int, params: Sequence[Tensor]) -> None:
+        """Refuse tensors that others took the place of (`p.data = ...`) between forward and backward."""
+        n = self.n
+        for k in range(n):
+            A, E, B, dtype = params[k], params[n + k], params[2 * n + k], self._param_dtypes[k]
+            found = (A.shape, E.shape, B.shape, A.dtype, E.dtype, B.dtype)
+            if found != (*self._shapes[k], dtype, dtype, dtype):
+                raise InvalidStateError(
+                    f"backward: expected A, E and B as forward had them, found shapes {[list(s) for s in found[:3]]} "
+                    f"and types {found[3:]}"
+                )
+        if x.numel() != tokens * self._shapes[0][0][1] or x.dtype is not self.dtype:
+            raise InvalidStateError(f"backward: expected x as forward had it, found {list(x.shape)} of {x.dtype}")
 
-    def _set_dropout(self, k: int, seed: int) -> None:
-        seed_place, offset_place = self._dropout[k]
-        self._words[seed_place], self._words[offset_place] = seed, seed + 8
-
-    def _run(self, function: Any, *arguments: Any) -> None:
-        if self._device.type == "cpu":
+    def _run(self, function: Any, arguments: tuple[Any, ...]) -> None:
+        if self._scratch is not None:
             scratch = self._scratch
             if scratch.bytes < self._workspace_bytes:
                 scratch.reserve(self._workspace_bytes)
-            function(*self._group, *arguments, scratch.address, scratch.bytes, None)
+            function(*arguments, scratch.address, scratch.bytes, None)
         else:
             # New memory for each call, which PyTorch's allocator orders by stream.
-            workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
-            function(*self._group, *arguments, workspace.data_ptr(), workspace.numel(), _stream(self._device))
+            workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self.device)
+            function(*arguments, workspace.data_ptr(), workspace.numel(), _stream(self.device))
 
 
 class _Scratch:
@@ -577,6 +685,8 @@ class _Scratch:
 class _ThisThread(threading.local):
     def __init__(self) -> None:
         self.calls: dict[tuple[Any, ...], Call] = {}
+        # By the identity of the first A: which descriptors served it last.
+        self.hints: dict[int, Call] = {}
         self.scratch = _Scratch()
 
 

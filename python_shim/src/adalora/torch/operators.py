@@ -7,6 +7,7 @@ less for each call and works in place.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,11 +59,11 @@ def _svd_linear(
 
     """
     call = prepared(x, [Part(y, A, E, B, scaling, lora_dropout)])
-    if x.dtype != call.dtype or call.casts:
+    if not all(map(operator.is_, call.fitting((x, y, A, E, B)), (x, y, A, E, B))):
         raise InvalidArgumentError(f"x, A, E, B: expected types that go with y's, {call.dtype}, found others")
     output = y.clone(memory_format=torch.contiguous_format)
     h = torch.empty((call.tokens, A.shape[0]), dtype=call.compute_dtype, device=x.device)
-    call.forward(x, (A,), (E,), (B,), (output,), (scaling,), h, seed)
+    call.forward(x, (A, E, B), (output,), (scaling,), h, seed)
     return output, h
 
 
@@ -83,8 +84,7 @@ def _svd_linear_backward(
     contiguous = torch.contiguous_format
     dx = torch.zeros_like(x, memory_format=contiguous) if with_dx else x.new_empty(0)
     grads = [torch.empty_like(p, memory_format=contiguous) for p in (A, E, B)]
-    seed_at = None if seed is None else seed.data_ptr()
-    call.backward(x, dx if with_dx else None, [(A, E, B, scaling, dy, *grads, h.data_ptr(), seed_at)])
+    call.backward(x, dx if with_dx else None, (0,), (dy,), (A, E, B), grads, (scaling,), (h.data_ptr(),), seed)
     return dx, *grads
 
 
@@ -124,13 +124,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: None, operator: Any = None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _: None, gradients: Any = None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     x, h, A, E, B, seed, weight = ctx.saved_tensors
     with_dx = ctx.needs_input_grad[0]
-    operator = operator or torch.ops.adalora.svd_linear_backward
-    dx, *grads = operator(dy, x, h, A, E, B, ctx.scaling, ctx.lora_dropout, seed, with_dx)
+    gradients = gradients or torch.ops.adalora.svd_linear_backward
+    dx, *grads = gradients(dy, x, h, A, E, B, ctx.scaling, ctx.lora_dropout, seed, with_dx)
     if not with_dx:
         dx = None
     elif weight is not None:
