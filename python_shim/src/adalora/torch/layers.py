@@ -157,7 +157,11 @@ class SVDLayer(nn.Module):
         modules = self._modules
         try:
             # Past the look-ups of Module and ParameterDict, which take longer than a small forward pass.
-            return Triplets(*[modules[name]._parameters[adapter_name] for name in ("lora_A", "lora_E", "lora_B")])
+            return Triplets(
+                modules["lora_A"]._parameters[adapter_name],
+                modules["lora_E"]._parameters[adapter_name],
+                modules["lora_B"]._parameters[adapter_name],
+            )
         except KeyError:
             return Triplets(self.lora_A[adapter_name], self.lora_E[adapter_name], self.lora_B[adapter_name])
 
@@ -400,52 +404,33 @@ class SVDLinear(SVDLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, and what the active adapters add to it."""
-        if not self._added():
+        names = self._added()
+        if not names:
             return self.base_layer(x, *args, **kwargs)
-        if self.shared_input is not None and not args and not kwargs and not traced():
-            return self.shared_input.output(self, x)
-        return self._adapted([self], x, *args, **kwargs)[0]
+        shared = self.shared_input
+        if shared is not None and not args and not kwargs and not traced():
+            return shared.output(self, x)
+        return self._adapted((self,), names, x, *args, **kwargs)[0]
 
     @staticmethod
-    def _adapted(layers: Sequence[SVDLinear], x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def _adapted(
+        layers: Sequence[SVDLinear], names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any
+    ) -> list[Tensor]:
         """What layers with the same active adapters make of the same x."""
-        outputs, weights, in_place = [], [], []
-        seen = traced()
-        for layer in layers:
-            base = layer._modules["base_layer"]
-            plain = not seen and layer._base_is_plain()
-            weight = layer._plain_weight(x) if plain and not args and not kwargs else None
-            if weight is None:
-                y = base(x, *args, **kwargs)
-            else:
-                graph = torch.is_grad_enabled()
-                torch._C._set_grad_enabled(False)
-                try:
-                    y = nn.functional.linear(x, weight, base._parameters["bias"])
-                finally:
-                    torch._C._set_grad_enabled(graph)
-            outputs.append(y)
-            weights.append(weight)
-            in_place.append(plain and layer._may_overwrite(y))
-        for adapter_name in layers[0]._added():
-            parts = [
-                Part(
-                    y,
-                    *layer.triplets(adapter_name),
-                    layer.scaling(adapter_name),
-                    layer.lora_dropout[adapter_name] if layer.training else 0.0,
-                    overwrite,
-                    weight,
-                )
-                for layer, y, overwrite, weight in zip(layers, outputs, in_place, weights, strict=True)
-            ]
-            outputs = svd_linear(x, parts)
-            weights = [None] * len(layers)
+        bases = [layer._base_output(x, *args, **kwargs) for layer in layers]
+        for name in names:
+            outputs = svd_linear(x, [layer._part(name, *base) for layer, base in zip(layers, bases, strict=True)])
+            if name is not names[-1]:
+                # Nobody else holds what comes out.
+                bases = [(y, None, True) for y in outputs]
         return outputs
 
-    def _plain_weight(self, x: Tensor) -> Tensor | None:
-        """A plain base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
-        parameters = self._modules["base_layer"]._parameters
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, bool]:
+        """The base layer's output, the weight whose gradient for x it leaves out, and whether it may be overwritten."""
+        base = self._modules["base_layer"]
+        if traced() or not self._base_is_plain():
+            return base(x, *args, **kwargs), None, False
+        parameters = base._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         frozen = (
             type(weight) in _PLAIN_TENSORS
@@ -454,7 +439,24 @@ class SVDLinear(SVDLayer):
             and weight.dtype is x.dtype
             and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
         )
-        return weight if frozen else None
+        if not frozen or args or kwargs:
+            y = base(x, *args, **kwargs)
+            return y, None, self._may_overwrite(y)
+        if not x.requires_grad:
+            y = nn.functional.linear(x, weight, bias)
+        else:
+            graph = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)
+            try:
+                y = nn.functional.linear(x, weight, bias)
+            finally:
+                torch._C._set_grad_enabled(graph)
+        return y, weight, y.is_contiguous()
+
+    def _part(self, name: str, y: Tensor, weight: Tensor | None, in_place: bool) -> Part:
+        A, E, B = self.triplets(name)
+        lora_dropout = self.lora_dropout[name] if self.training else 0.0
+        return Part(y, A, E, B, self.scaling(name), lora_dropout, in_place, weight)
 
 
 class _Waiting(NamedTuple):
@@ -499,12 +501,12 @@ class SharedInput:
             elif self._apart_after is None:
                 self._apart_after = self._versions()
         if layer is not first:
-            return SVDLinear._adapted([layer], x)[0]
+            return SVDLinear._adapted((layer,), layer._added(), x)[0]
         if self._apart_after is not None and self._apart_after != self._versions():
             self.separate()
         # Tensors of inference mode do not tell whether they were changed since.
         together = [] if x.is_inference() else [other for other in self.layers[1:] if self._goes_along(other)]
-        y, *outputs = SVDLinear._adapted([first, *together], x)
+        y, *outputs = SVDLinear._adapted((first, *together), first._added(), x)
         if together:
             waits = {k: (z, self._state(k, x)) for k, z in zip(together, outputs, strict=True)}
             self._waiting[thread] = _Waiting(weakref.ref(x), waits)
