@@ -158,6 +158,8 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
             # At its first use: the operators are made from what stands here.
             from .operators import by_operator
 
+            # Which overwrites nothing.
+            parts = [part._replace(in_place=False) for part in parts]
             _check(x, parts)
             return by_operator(x, parts)
         call = prepared(x, parts)
