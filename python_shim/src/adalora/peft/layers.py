@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..arrays import Triplets
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..torch.convolution import svd_conv
-from ..torch.functional import Part, context, native_adapter, svd_linear
+from ..torch.functional import Part, context, native_adapter, svd_linear, traced
+from ..torch.layers import SVDLayer
+from ..torch.layers import SVDLinear as OwnSVDLinear
 
 # An adapter's matrices, and the dimension in which its triplets are.
 _FACTORS = (("lora_A", 0), ("lora_E", 0), ("lora_B", 1))
@@ -23,26 +25,46 @@ _FACTORS = (("lora_A", 0), ("lora_E", 0), ("lora_B", 1))
 class _Adapted:
     """What all kinds of layers have in common."""
 
+    base_types: tuple[type[nn.Module], ...] = ()
+
+    # What a base layer does is asked as this package's own layers ask it.
+    _base_is_plain = SVDLayer._base_is_plain
+    _may_overwrite = staticmethod(SVDLayer._may_overwrite)
+    triplets = SVDLayer.triplets
+
     def _added(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_A]
+        present = self._modules["lora_A"]._parameters
+        return [name for name in self.active_adapters if name in present]
 
     def _multiplier(self, adapter_name: str) -> float:
         """What the adapter's output is multiplied by. `scale_layer` changes it, and loading does."""
-        scaling = float(self.scaling[adapter_name]) / (self.ranknum[adapter_name].item() + 1e-5)
+        ranknum = self._modules["ranknum"]._parameters[adapter_name]
+        scaling = float(self.scaling[adapter_name]) / (ranknum.item() + 1e-5)
         # To the library, zero stands for an adapter's own scaling.
         return scaling or sys.float_info.min
 
+    def _scaled(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        """A, E, B and the multiplier; a compiler, for which values of tensors are not there yet, gets it within E."""
+        A, E, B = self.triplets(adapter_name)
+        if not traced():
+            return A, E, B, self._multiplier(adapter_name)
+        return A, E * (self.scaling[adapter_name] / (self.ranknum[adapter_name].detach() + 1e-5)), B, 1.0
+
     def _input(self, x: Tensor, adapter_name: str) -> Tensor:
         """The adapter's input, whose type goes with its output's unless `disable_input_dtype_casting` is on."""
-        dtype = self.lora_A[adapter_name].dtype
-        casts = self.cast_input_dtype_enabled or torch.is_autocast_enabled(x.device.type)
-        if x.dtype != dtype and not casts:
-            raise InvalidArgumentError(f"x: expected {dtype} as lora_A has, since inputs are not cast, found {x.dtype}")
+        if not self.cast_input_dtype_enabled and not torch.is_autocast_enabled(x.device.type):
+            dtype = self.lora_A[adapter_name].dtype
+            if x.dtype != dtype:
+                raise InvalidArgumentError(
+                    f"x: expected {dtype} as lora_A has, since inputs are not cast, found {x.dtype}"
+                )
         return x
 
     def _dropout(self, x: Tensor, adapter_name: str) -> tuple[Tensor, float]:
         """The adapter's input, and the probability of what the library is to drop of it."""
-        dropout = self.lora_dropout[adapter_name]
+        dropout = self._modules["lora_dropout"]._modules[adapter_name]
+        if type(dropout) is nn.Identity:
+            return x, 0.0
         if type(dropout) is nn.Dropout and dropout.p < 1:
             return x, dropout.p if dropout.training else 0.0
         return dropout(x), 0.0
@@ -59,11 +81,9 @@ class _Adapted:
         """
         for name in self._added():
             dropped, p = self._dropout(self._input(x, name), name)
-            part = Part(
-                y, self.lora_A[name], self.lora_E[name], self.lora_B[name], self._multiplier(name), p, owned, weight
-            )
-            (y,) = svd_linear(dropped, [part])
-            owned, weight = True, None
+            A, E, B, scaling = self._scaled(name)
+            (y,) = svd_linear(dropped, [Part(y, A, E, B, scaling, p, owned, weight)])
+            owned, weight = not traced(), None
         return y
 
     # Ranks
@@ -105,7 +125,6 @@ class _Adapted:
 class _Merging(_Adapted):
     """Layers whose base weight can take the adapters in."""
 
-    base_kind: type[nn.Module]
     fan_in_fan_out = False
 
     @torch.no_grad()
@@ -128,7 +147,7 @@ class _Merging(_Adapted):
         non_finite = torch.zeros(1, dtype=torch.float32, device=weight.device) if safe_merge else None
         for name in names:
             self._native(name).merge(
-                self._triplets(name),
+                self._contiguous(name),
                 self._as_matrix(merged),
                 non_finite=non_finite,
                 scaling=self._multiplier(name),
@@ -163,7 +182,7 @@ class _Merging(_Adapted):
             for name in reversed(self.merged_adapters):
                 if name in self.lora_A:
                     self._native(name).unmerge(
-                        self._triplets(name),
+                        self._contiguous(name),
                         self._as_matrix(unmerged),
                         scaling=self._multiplier(name),
                         fan_in_fan_out=self.fan_in_fan_out,
@@ -184,7 +203,7 @@ class _Merging(_Adapted):
             return delta if self.fan_in_fan_out else delta.T.reshape(shape)
         delta = torch.empty(shape, dtype=A.dtype, device=A.device)
         self._native(adapter).delta_weight(
-            self._triplets(adapter),
+            self._contiguous(adapter),
             self._as_matrix(delta),
             scaling=self._multiplier(adapter),
             fan_in_fan_out=self.fan_in_fan_out,
@@ -206,9 +225,8 @@ class _Merging(_Adapted):
         A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
         return native_adapter(context(A.device), A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype)
 
-    def _triplets(self, adapter_name: str) -> Triplets:
-        params = self.lora_A[adapter_name], self.lora_E[adapter_name], self.lora_B[adapter_name]
-        return Triplets(*(p.detach().contiguous() for p in params))
+    def _contiguous(self, adapter_name: str) -> Triplets:
+        return Triplets(*(p.detach().contiguous() for p in self.triplets(adapter_name)))
 
     def _is_as_merged(self, weight: Tensor) -> bool:
         return "_unmerged_weight" in self._buffers and _sum_of_bits(weight) == self._merged_sum
@@ -216,12 +234,6 @@ class _Merging(_Adapted):
     def _forget_backup(self) -> None:
         self._buffers.pop("_unmerged_weight", None)
         self._non_persistent_buffers_set.discard("_unmerged_weight")
-
-    def _may_overwrite(self, y: Tensor) -> bool:
-        """Whether nobody but this layer can hold y."""
-        own = _is_plain(self.base_layer, self.base_kind) and not y._is_view() and not (y.is_leaf and y.requires_grad)
-        # A mode that sees every operator may keep its output.
-        return own and y.is_contiguous() and torch._C._len_torch_dispatch_stack() == 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, and what the active adapters add to it."""
@@ -235,31 +247,26 @@ class _Merging(_Adapted):
 class SVDLinear(_Merging, theirs.SVDLinear):
     """A linear layer or transformers' `Conv1D` with adapters."""
 
-    base_kind = nn.Linear
+    base_types = (nn.Linear,)
+    _plain_weight = OwnSVDLinear._plain_weight
 
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight = self._plain_weight(x)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight is None):
-            y = self.base_layer(x, *args, **kwargs)
-        return self._add(y, x, weight, self._may_overwrite(y))
-
-    def _plain_weight(self, x: Tensor) -> Tensor | None:
-        """The base layer's weight, where its gradient for x is `dy weight` and nothing else happens in backward."""
-        base = self.base_layer
-        plain = (
-            _is_plain(base, nn.Linear)
-            and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-            and base.weight.dtype == x.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-            and self._added()
-        )
-        return base.weight if plain else None
+        base = self._modules["base_layer"]
+        plain = not traced() and self._base_is_plain()
+        weight = self._plain_weight(x) if plain and not args and not kwargs and self._added() else None
+        if weight is None:
+            y = base(x, *args, **kwargs)
+        else:
+            # Backward has the gradient for x from the weight.
+            with torch.no_grad():
+                y = nn.functional.linear(x, weight, base.bias)
+        return self._add(y, x, weight, plain and self._may_overwrite(y))
 
 
 class SVDConv2d(_Merging, theirs.SVDConv2d):
     """A two-dimensional convolution with adapters."""
 
-    base_kind = nn.Conv2d
+    base_types = (nn.Conv2d,)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter as PEFT does; with groups, A has the columns of one group's channels, as the weight has."""
@@ -271,12 +278,11 @@ class SVDConv2d(_Merging, theirs.SVDConv2d):
 
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        owned = self._may_overwrite(y)
+        owned = not traced() and self._base_is_plain() and self._may_overwrite(y)
         for name in self._added():
             dropped, p = self._dropout(self._input(x, name), name)
-            A, E, B = self.lora_A[name], self.lora_E[name], self.lora_B[name]
-            base, scaling = self.get_base_layer(), self._multiplier(name)
-            y = svd_conv(dropped, y, A, E, B, scaling, base=base, lora_dropout=p, in_place=owned)
+            A, E, B, scaling = self._scaled(name)
+            y = svd_conv(dropped, y, A, E, B, scaling, base=self.get_base_layer(), lora_dropout=p, in_place=owned)
         return y
 
 
@@ -333,17 +339,6 @@ def _placed(cut: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
     # With A and B zero as well, a triplet would never learn.
     values = cut.new_zeros(shape) if factor == "lora_E" else cut.new_empty(shape).normal_(std=0.02)
     return values.index_copy_(dim, torch.tensor(kept, device=cut.device).nonzero().flatten(), cut)
-
-
-def _is_plain(base: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a base layer does what its kind does, and nobody watches it."""
-    hooks = base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
-    return (
-        type(base) is kind
-        and "forward" not in base.__dict__
-        and not any(hooks)
-        and not nn.modules.module._has_any_global_hook()
-    )
 
 
 def _sum_of_bits(weight: Tensor) -> int:
