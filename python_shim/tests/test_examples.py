@@ -73,3 +73,13 @@ def test_distributed_example(way: str, library: adalora.Library, tmp_path: Path)
     assert float(last[1]) < 0.03 * float(first[1])
     assert (first[2:], last[2:]) == (("12", "6", "6"), ("4", "0", "4"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_peft_example(library: adalora.Library, tmp_path: Path) -> None:
+    lines = [
+        re.fullmatch(r"step +(\d+)  loss ([\d.]+)  triplets +(\d+)", line)
+        for line in run("peft_example.py", library, tmp_path)
+    ]
+    first, last = lines[0].groups(), lines[-1].groups()
+    assert float(last[1]) < 0.5 * float(first[1])
+    assert (first[2], last[2]) == ("48", "24")

@@ -228,6 +228,25 @@ def test_gradient_checkpointing_repeats_the_forward_pass():
         assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("path", list(SHAPES))
+def test_layers_compile_without_breaks(path):
+    layer = layers(accelerated(peft_model()))[f"base_model.model.{path}"]
+    x = torch.randn(SHAPES[path])
+    dy = torch.randn_like(layer(x))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        params = [getattr(layer, f"lora_{factor}")["default"] for factor in "AEB"]
+        own = x.clone().requires_grad_(True)
+        y = compiled(own)
+        found = [y.detach(), *torch.autograd.grad(y, [own, *params], dy)]
+        for one, expected in zip(found, layer_passes(layer, x, dy), strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+        # Noticed by what is compiled already.
+        with torch.no_grad():
+            layer.ranknum["default"].fill_(9.0)
+
+
 # Merging
 
 
