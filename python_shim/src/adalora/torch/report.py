@@ -50,7 +50,8 @@ class RankReport:
         name = allocator.adapter_name
         layers = allocator.layers.values()
         self._shapes = [(layer.lora_A[name].shape[1], layer.lora_B[name].shape[0]) for layer in layers]
-        self._initial = [layer.lora_A[name].shape[0] for layer in layers]
+        # As the pattern has them, also where parameters are cut to what is kept.
+        self._initial = [len(kept) for kept in allocator.standing().pattern]
         # A trainer's callback may take the number of steps back, and PEFT's may be changed.
         self._schedule = self._read_schedule()
         # The last step, and the last that went to TensorBoard.
