@@ -261,7 +261,9 @@ def test_batches_without_a_loss(tmp_path):
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
-    with pytest.raises(InvalidArgumentError, match=r"model: expected one module with the adapter 'default'.*found 0"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"model: expected one module with the trained adapter 'default'.*found 0"
+    ):
         trainer(tmp_path, AdaLoraCallback()).fit(module(bert()), batches())
     with pytest.raises(UnsupportedError, match="automatic_optimization: expected True, found False"):
         trainer(tmp_path, AdaLoraCallback()).fit(module(adapted(), automatic_optimization=False), batches())

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_models import SETTINGS, STEPS, adapted, bert, examples
+from tiny_models import SETTINGS, STEPS, accelerated, adapted, bert, examples
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -23,8 +23,11 @@ from adalora import InvalidArgumentError, InvalidStateError, UnsupportedError
 from adalora.torch import AdamW, RankAllocator, load_adapter
 from adalora.torch.transformers import AdaLoraCallback
 
-# What PyTorch says about transformers' own loading of states.
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+# PEFT reads what transformers deprecates, and does not know its own rank_pattern when it loads one.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match:RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -165,16 +168,19 @@ def test_a_run_is_that_of_a_plain_loop(tmp_path, kind, parts, loss_func):
 # Beside PEFT
 
 
-def test_a_run_is_that_of_peft(tmp_path):
+@pytest.mark.parametrize("kind", ["torch", "peft"])
+def test_a_run_is_that_of_peft(tmp_path, kind):
     model = adapted(task_type=None, total_step=STEPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(
             bert(), peft.AdaLoraConfig(**{**SETTINGS, "task_type": None}, total_step=STEPS, inference_mode=False)
         )
-    start = {f"base_model.model.{name}": value for name, value in model.state_dict().items()}
+    start = {f"base_model.model.{name}": value.clone() for name, value in model.state_dict().items()}
     missing, unexpected = theirs.load_state_dict(start, strict=False)
     assert not unexpected and all("ranknum" in name for name in missing)
+    if kind == "peft":
+        model = accelerated(task_type=None)
     callback = AdaLoraCallback()
     recorder = Recorder(callback)
     trainer = made(tmp_path, model, callback, recorder, max_grad_norm=0.3)
@@ -195,7 +201,7 @@ def test_a_run_is_that_of_peft(tmp_path):
             }
             assert recorder.patterns[step] == pattern
     assert len({str(pattern) for pattern in recorder.patterns}) > 3
-    found = trained(model)
+    found = {name.removeprefix("base_model.model."): p for name, p in trained(model).items()}
     for name, p in theirs.named_parameters():
         if p.requires_grad and "ranknum" not in name:
             torch.testing.assert_close(found[name.removeprefix("base_model.model.")], p.detach(), rtol=0, atol=1e-4)
@@ -259,12 +265,15 @@ def test_steps_that_mixed_precision_leaves_out(tmp_path, monkeypatch, kind):
 # Going on from checkpoints
 
 
-@pytest.fixture(scope="module", params=["torch", "ours"])
-def whole(request, tmp_path_factory) -> tuple[str, Path, Callable[..., tuple[Trainer, AdaLoraCallback]], Trainer]:
+@pytest.fixture(scope="module", params=["torch", "ours", "peft"])
+def whole(request, tmp_path_factory) -> tuple[Path, Callable[..., Any], Trainer, AdaLoraCallback]:
     """A run with checkpoints after every step. Every third step is the last of an epoch, and has fewer parts."""
 
     def build(folder: Path, **options: Any) -> tuple[Trainer, AdaLoraCallback]:
-        model = adapted(0.1, total_step=STEPS if request.param == "ours" else None)
+        if request.param == "peft":
+            model = accelerated(0.1)
+        else:
+            model = adapted(0.1, total_step=STEPS if request.param == "ours" else None)
         callback = AdaLoraCallback()
         if request.param == "ours":
             options["optimizers"] = (optimizer_of("ours", model)[0], None)
@@ -326,21 +335,21 @@ def test_total_step_is_the_trainers(tmp_path):
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
-    with pytest.raises(InvalidArgumentError, match=r"model: expected one module with the adapter 'default'.*found 0"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"model: expected one module with the trained adapter 'default'.*found 0"
+    ):
         made(tmp_path, bert(), AdaLoraCallback()).train()
-    with pytest.raises(InvalidArgumentError, match="the adapter 'other'"):
+    with pytest.raises(InvalidArgumentError, match="the trained adapter 'other'"):
         made(tmp_path, adapted(), AdaLoraCallback("other")).train()
     model = adapted(total_step=STEPS)
     optimizer = torch.optim.SGD(model.classifier.parameters())
     with pytest.raises(InvalidArgumentError, match="has the parameters of the adapter 'default', found SGD"):
         made(tmp_path, model, AdaLoraCallback(), optimizers=(optimizer, None)).train()
     optimizer, _ = optimizer_of("ours", model)
-    with pytest.raises(InvalidArgumentError, match="allocator: expected the one of the AdamW"):
+    with pytest.raises(InvalidArgumentError, match="allocator: expected that of the trainer's model"):
         made(tmp_path, model, AdaLoraCallback(allocator=RankAllocator(model)), optimizers=(optimizer, None)).train()
     other = RankAllocator(adapted(total_step=STEPS))
-    with pytest.raises(
-        InvalidArgumentError, match="allocator: expected one over the adapter 'default' of the trainer's"
-    ):
+    with pytest.raises(InvalidArgumentError, match="allocator: expected that of the trainer's model"):
         made(tmp_path, model, AdaLoraCallback(allocator=other)).train()
     trainer = made(tmp_path, model, AdaLoraCallback())
     trainer.args.fsdp = "full_shard"
@@ -459,8 +468,8 @@ def test_a_run_that_ends_early_says_so(tmp_path):
     assert (standing.last_step, standing.irregular, standing.is_final) == (STEPS - 1, 0, True)
 
 
-@pytest.mark.parametrize("kind", ["torch", "ours"])
-@pytest.mark.parametrize("best", [4, 10])
+@pytest.mark.parametrize("kind", ["torch", "ours", "peft"])
+@pytest.mark.parametrize("best", [4, 10, 12])
 def test_the_best_model_has_its_ranks(tmp_path, kind, best):
     evaluations = []
 
@@ -468,7 +477,7 @@ def test_the_best_model_has_its_ranks(tmp_path, kind, best):
         evaluations.append(0)
         return {"goodness": float(2 * len(evaluations) == best)}
 
-    model = adapted(total_step=STEPS)
+    model = accelerated() if kind == "peft" else adapted(total_step=STEPS)
     callback = AdaLoraCallback()
     recorder = Recorder(callback)
     trainer = made(
@@ -476,7 +485,7 @@ def test_the_best_model_has_its_ranks(tmp_path, kind, best):
         model,
         callback,
         recorder,
-        optimizers=(optimizer_of(kind, model)[0], None),
+        optimizers=(optimizer_of("ours", model)[0] if kind == "ours" else None, None),
         compute_metrics=compute_metrics,
         eval_strategy="steps",
         eval_steps=2,
@@ -491,9 +500,9 @@ def test_the_best_model_has_its_ranks(tmp_path, kind, best):
     else:
         trainer.train()
     assert callback.allocator.rank_pattern() == recorder.patterns[best - 1]
-    restored = load_adapter(bert(), tmp_path / f"checkpoint-{best}")
-    batch = default_data_collator(examples(8))
-    assert torch.equal(model.eval()(**batch).logits, restored.eval()(**batch).logits)
+    folder, batch = tmp_path / f"checkpoint-{best}", default_data_collator(examples(8))
+    restored = peft.PeftModel.from_pretrained(bert(), folder) if kind == "peft" else load_adapter(bert(), folder)
+    torch.testing.assert_close(model.eval()(**batch).logits, restored.eval()(**batch).logits, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -510,3 +519,36 @@ def test_activation_checkpointing(tmp_path, use_reentrant):
     trainer.train()
     assert trainer.state.log_history[-2]["adalora_penalty"] > 0
     assert_equal(trained(models[1]), trained(models[0]))
+
+
+def test_peft_models_are_left_as_they_were(tmp_path):
+    model = accelerated()
+    batch = default_data_collator(examples(8))
+    made(tmp_path, model, AdaLoraCallback(), save_strategy="steps", save_steps=STEPS).train()
+    # The penalty is in losses again.
+    loss = model.train()(**batch).loss.item()
+    penalty = model.base_model.orthogonality_loss().item()
+    assert model.eval()(**batch).loss.item() == pytest.approx(loss - penalty, rel=1e-4)
+    # What is saved now is without masked triplets, and the same.
+    model.save_pretrained(tmp_path)
+    cut = peft.PeftModel.from_pretrained(bert(), tmp_path)
+    ranks = {path: p.shape[0] for path, p in cut.named_parameters() if "lora_E" in path}
+    assert sum(ranks.values()) == 12
+    torch.testing.assert_close(cut.eval()(**batch).logits, model(**batch).logits, rtol=0, atol=1e-6)
+
+
+def test_peft_models_that_cannot_be_trained_are_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(bert(), peft.AdaLoraConfig(**SETTINGS, total_step=STEPS))
+    with pytest.raises(InvalidArgumentError, match=r"found PEFT's own: call adalora.peft.accelerate\(model\) first"):
+        made(tmp_path, theirs, AdaLoraCallback()).train()
+    with pytest.raises(InvalidArgumentError, match=r"total_step: expected the trainer's number .* steps, 9, found 12"):
+        made(tmp_path, accelerated(), AdaLoraCallback(), max_steps=9).train()
+    model = accelerated()
+    optimizer, _ = optimizer_of("ours", other := adapted(total_step=STEPS))
+    optimizer.add_param_group({"params": [p for p in model.parameters() if p.requires_grad]})
+    with pytest.raises(UnsupportedError, match=r"another one than adalora\.torch\.AdamW for a PEFT model"):
+        made(tmp_path, model, AdaLoraCallback(), optimizers=(optimizer, None)).train()
+    with pytest.raises(InvalidArgumentError, match="allocator: expected that of the trainer's model"):
+        made(tmp_path, model, AdaLoraCallback(allocator=RankAllocator(other))).train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,6 +53,23 @@ def adapted(dropout: float = 0.0, **changed: Any) -> nn.Module:
     """The classifier with adapters."""
     model = bert(dropout)
     return adapt(model, AdaLoraConfig(**{**SETTINGS, "lora_dropout": dropout, **changed}))
+
+
+def accelerated(dropout: float = 0.0, **changed: Any) -> nn.Module:
+    """The classifier with PEFT's adapters, accelerated, and the values of `adapted`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft
+
+        import adalora.peft
+    settings = {**SETTINGS, "total_step": STEPS, "lora_dropout": dropout, **changed}
+    model = adalora.peft.accelerate(peft.get_peft_model(bert(dropout), peft.AdaLoraConfig(**settings)))
+    values = {
+        f"base_model.model.{name}": p for name, p in adapted(dropout, **changed).named_parameters() if "lora" in name
+    }
+    _, unexpected = model.load_state_dict(values, strict=False)
+    assert not unexpected
+    return model
 
 
 def examples(number: int = 48) -> list[dict[str, Any]]:

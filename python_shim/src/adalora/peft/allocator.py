@@ -16,6 +16,7 @@ from ..allocator import Standing, StepValues
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from ..torch import AdaLoraConfig as CheckedConfig
 from ..torch import RankAllocator as LayersAllocator
+from ..torch.steps import OptimizerSteps
 
 _SCHEDULE = ("target_r", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2")
 
@@ -176,9 +177,30 @@ class RankAllocator:
         """
         return self._for().orthogonality_loss(weight)
 
+    def orthogonality(self, weight: float | None = None, *, loss_scale: float | Tensor = 1.0) -> float:
+        """Add the penalty's gradient to the gradients of A and B; see `adalora.torch.RankAllocator.orthogonality`."""
+        return self._for().orthogonality(weight, loss_scale=loss_scale)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A, E and B of every layer, in order."""
+        return self._for().parameters()
+
+    @property
+    def optimizer_steps(self) -> OptimizerSteps:
+        """Whether the optimisers' steps and the allocator's go together."""
+        return self._for().optimizer_steps
+
     def standing(self) -> Standing:
         """Pattern, ranks, clocks and counters."""
         return self._for().standing()
+
+    def ranks(self) -> dict[str, int]:
+        """For each layer, how many triplets are kept."""
+        return self._for().ranks()
+
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """For each layer, which triplets are kept."""
+        return self._for().rank_pattern()
 
     def finalize(self) -> dict[str, list[bool]]:
         """Take the last mask now, where a run ends before `total_step - tfinal`; returns which triplets are kept."""

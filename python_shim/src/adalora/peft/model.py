@@ -30,7 +30,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
         loss = getattr(outputs, "loss", None)
         if self.training and isinstance(loss, Tensor):
             config = self._trained()[1]
-            if config is not None and config.orth_reg_weight != 0:
+            if config is not None and config.orth_reg_weight != 0 and not self._is_in_trainer():
                 outputs.loss = loss + self.orthogonality_loss().to(loss.device, loss.dtype)
         return outputs
 
@@ -55,7 +55,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
         _, pattern = allocator.update_and_allocate(self.model, global_step)
         if pattern is not None:
             allocator.peft_config.rank_pattern = pattern
-        weight = allocator.peft_config.orth_reg_weight
+        weight = 0 if allocator.in_trainer else allocator.peft_config.orth_reg_weight
         if weight and not self.__dict__.get("_penalty_was_taken", False):
             warnings.warn(
                 f"orth_reg_weight: expected the penalty in the loss, since the weight is {weight}, found none: it is "
@@ -112,6 +112,8 @@ class AdaLoraModel(theirs.AdaLoraModel):
         An adapter that is to be trained on, above its target budget, keeps the others too, with E zero: they may come
         back.
         """
+        if self._is_in_trainer():
+            return
         config, layers = self.peft_config[adapter_name], self._layers(adapter_name)
         patterns = {path: _flags(path, kept) for path, kept in by_path(rank_pattern).items()}
         for path, kept in patterns.items():
@@ -152,7 +154,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
             A, E, B = (state_dict[key] for key in keys)
             if E.shape[0] == len(kept):
                 index = torch.tensor(kept, device=E.device)
-                if (trains and not allocator.is_over()) or bool(E[~index].any()):
+                if (trains and (allocator.in_trainer or not allocator.is_over())) or bool(E[~index].any()):
                     kept = [True] * len(kept)
                 elif not all(kept):
                     state_dict.update(zip(keys, (A[index], E[index], B[:, index]), strict=True))
@@ -170,6 +172,9 @@ class AdaLoraModel(theirs.AdaLoraModel):
     def _layers(self, adapter_name: str) -> dict[str, AdaLoraLayer]:
         found = self.model.named_modules()
         return {path: each for path, each in found if isinstance(each, AdaLoraLayer) and adapter_name in each.lora_A}
+
+    def _is_in_trainer(self) -> bool:
+        return isinstance(allocator := self.__dict__.get("rankallocator"), RankAllocator) and allocator.in_trainer
 
     def _trained(self) -> tuple[str | None, AdaLoraConfig | None]:
         """The name and the configuration of the adapter that is trained."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
 from torch import nn
 
-from ..errors import InvalidArgumentError, InvalidStateError
+from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from .allocator import RankAllocator
 from .model import get_config
 from .optim import AdamW
@@ -34,46 +35,61 @@ class Run:
         allocator: RankAllocator | None,
     ) -> None:
         owner = _adapted(model, adapter_name)
-        self.config = get_config(owner, adapter_name)
+        self.tuner = None if hasattr(owner, "adalora_config") else owner
+        """What PEFT has put around the model; None: `adapt` was called for it."""
         self.optimizer = optimizer if isinstance(optimizer, AdamW) else None
         """`adalora.torch.AdamW`, whose step does the allocator's work; None: another optimiser."""
-        if self.optimizer is not None:
-            if allocator not in (None, self.optimizer.allocator):
-                raise InvalidArgumentError("allocator: expected the one of the AdamW or None, found another one")
-            allocator = self.optimizer.allocator
+        self.config = get_config(owner, adapter_name) if self.tuner is None else owner.peft_config[adapter_name]
         self._set_total_step(total_step)
-        self.allocator = RankAllocator(owner, adapter_name) if allocator is None else allocator
-        self.allocator.optimizer_steps.start()
-        if self.allocator.config is not self.config:
+        if self.tuner is not None:
+            if self.optimizer is not None:
+                raise UnsupportedError(
+                    "optimizer: expected another one than adalora.torch.AdamW for a PEFT model, found that one"
+                )
+            own = self.tuner.rankallocator
+        elif self.optimizer is not None:
+            own = self.optimizer.allocator
+        else:
+            own = allocator or RankAllocator(owner, adapter_name)
+        config = own.config if self.tuner is None else own.peft_config
+        if allocator not in (None, own) or config is not self.config:
             raise InvalidArgumentError(
-                f"allocator: expected one over the adapter {adapter_name!r} of the trainer's model, found another's"
+                f"allocator: expected that of the trainer's model, adapter {adapter_name!r}, and optimiser, or None, "
+                "found another one"
             )
-        if not self.allocator.optimizer_steps.watch(optimizer):
+        self.allocator = own
+        own.optimizer_steps.start()
+        if not own.optimizer_steps.watch(optimizer):
             raise InvalidArgumentError(
                 f"optimizer: expected one that has the parameters of the adapter {adapter_name!r}, found "
                 f"{type(optimizer).__name__} without them: put the adapter on before the optimiser is made"
             )
+        if self.tuner is not None:
+            own.in_trainer = True
         self.penalty: float | None = None
         """The orthogonality penalty at the last step."""
 
     def _set_total_step(self, total_step: int | None) -> None:
+        # PEFT's configurations have a number.
         self._sets_total_step = self.config.total_step is None
-        if self._sets_total_step:
-            if total_step is None:
+        if not self._sets_total_step:
+            if total_step not in (None, self.config.total_step):
+                expected = f"{total_step}" + (", or None" if self.tuner is None else "")
                 raise InvalidArgumentError(
-                    "config.total_step: expected the number of steps, since the trainer sets no end, found None"
+                    f"config.total_step: expected the trainer's number of optimiser steps, {expected}, found "
+                    f"{self.config.total_step}"
                 )
-            self.config.total_step = total_step
-            try:
-                self.config.check()
-            except InvalidArgumentError:
-                self.config.total_step = None
-                raise
-        elif total_step not in (None, self.config.total_step):
+            return
+        if total_step is None:
             raise InvalidArgumentError(
-                f"config.total_step: expected the trainer's number of optimiser steps, {total_step}, or None, found "
-                f"{self.config.total_step}"
+                "config.total_step: expected the number of steps, since the trainer sets no end, found None"
             )
+        self.config.total_step = total_step
+        try:
+            self.config.check()
+        except InvalidArgumentError:
+            self.config.total_step = None
+            raise
 
     def begin(self, step: int) -> None:
         """Begin before the step of that number: a new run before 0, else one that was restored."""
@@ -98,11 +114,13 @@ class Run:
         """Do the allocator's work after the optimiser's step, before its gradients are zeroed."""
         allocator = self.allocator
         if self.optimizer is None:
-            if any(p.grad is not None for p in allocator.parameters()):
-                allocator.update_and_allocate(step)
-            else:
+            if all(p.grad is None for p in allocator.parameters()):
                 # A batch that had no loss.
                 allocator.optimizer_steps.follow()
+            elif self.tuner is None:
+                allocator.update_and_allocate(step)
+            else:
+                self.tuner.update_and_allocate(step)
         elif self.optimizer.global_step != step + 1:
             raise InvalidStateError(
                 f"AdamW.global_step: expected {step + 1} after the trainer's step {step}, found "
@@ -113,7 +131,9 @@ class Run:
             allocator.finalize()
 
     def end(self, reason: str) -> None:
-        """Warn where the ranks that are left are not the final ones."""
+        """Leave the model, and warn where its ranks are not the final ones."""
+        if self.tuner is not None:
+            self.allocator.in_trainer = False
         standing = self.allocator.standing()
         if not standing.is_final:
             warnings.warn(
@@ -131,16 +151,28 @@ class Run:
     def close(self) -> None:
         """Make room for another run of the model."""
         self.allocator.optimizer_steps.stop()
+        if self.tuner is not None:
+            self.allocator.in_trainer = False
         if self._sets_total_step:
             self.config.total_step = None
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> nn.Module:
-    """The module that `adapt` was called for."""
+    """The module that has the adapter: `adapt` was called for it, or PEFT has put it around a model."""
     found = [each for each in model.modules() if adapter_name in getattr(each, "adalora_config", ())]
+    # Whoever has such a model has imported these.
+    theirs, ours = (sys.modules.get(name) for name in ("peft.tuners.adalora.model", "adalora.peft.model"))
+    if theirs is not None:
+        tuners = [each for each in model.modules() if isinstance(each, theirs.AdaLoraModel)]
+        if any(ours is None or not isinstance(each, ours.AdaLoraModel) for each in tuners):
+            raise InvalidArgumentError(
+                "model: expected adapters of adalora.torch or adalora.peft, found PEFT's own: call "
+                "adalora.peft.accelerate(model) first"
+            )
+        found += [each for each in tuners if getattr(each, "trainable_adapter_name", None) == adapter_name]
     if len(found) != 1:
         raise InvalidArgumentError(
-            f"model: expected one module with the adapter {adapter_name!r} in the trainer's model, found {len(found)}: "
-            "call adapt before training"
+            f"model: expected one module with the trained adapter {adapter_name!r} in the trainer's model, found "
+            f"{len(found)}"
         )
     return found[0]

@@ -121,7 +121,7 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the adapter beside what the trainer has saved."""
-        if args.should_save and not state.is_hyper_param_search:
+        if args.should_save and not state.is_hyper_param_search and self._run.tuner is None:
             save_adapter(kwargs["model"], Path(args.output_dir) / f"checkpoint-{state.global_step}", self.adapter_name)
 
     def on_train_end(
