@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import adalora.peft
 from adalora import InvalidArgumentError
-from adalora.peft.transformers import AdaLoraCallback
+from adalora.torch.transformers import AdaLoraCallback
 
 STEPS = 24
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 6, "deltaT": 2, "total_step": STEPS, "lora_alpha": 16}

@@ -501,6 +501,7 @@ def test_the_best_model_has_its_ranks(tmp_path, kind, best):
         trainer.train()
     assert callback.allocator.rank_pattern() == recorder.patterns[best - 1]
     folder, batch = tmp_path / f"checkpoint-{best}", default_data_collator(examples(8))
+    del batch["labels"]
     restored = peft.PeftModel.from_pretrained(bert(), folder) if kind == "peft" else load_adapter(bert(), folder)
     torch.testing.assert_close(model.eval()(**batch).logits, restored.eval()(**batch).logits, rtol=0, atol=1e-6)
 
@@ -518,7 +519,8 @@ def test_activation_checkpointing(tmp_path, use_reentrant):
     )
     trainer.train()
     assert trainer.state.log_history[-2]["adalora_penalty"] > 0
-    assert_equal(trained(models[1]), trained(models[0]))
+    for name, p in trained(models[1]).items():
+        torch.testing.assert_close(p, trained(models[0])[name], rtol=0, atol=1e-6)
 
 
 def test_peft_models_are_left_as_they_were(tmp_path):
@@ -534,6 +536,7 @@ def test_peft_models_are_left_as_they_were(tmp_path):
     cut = peft.PeftModel.from_pretrained(bert(), tmp_path)
     ranks = {path: p.shape[0] for path, p in cut.named_parameters() if "lora_E" in path}
     assert sum(ranks.values()) == 12
+    del batch["labels"]
     torch.testing.assert_close(cut.eval()(**batch).logits, model(**batch).logits, rtol=0, atol=1e-6)
 
 

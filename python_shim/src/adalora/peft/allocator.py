@@ -58,6 +58,9 @@ class RankAllocator:
         self._last_step = -1
         self._nonzero: dict[str, Tensor] = {}
         self._final_pattern: dict[str, list[bool]] | None = None
+        self.in_trainer = False
+        """Whether a trainer's callback is at work: it adds the penalty's gradient itself, so that losses are without;
+        and since the trainer loads what it has saved, files hold masked triplets until it ends."""
 
     @property
     def init_bgt(self) -> int:

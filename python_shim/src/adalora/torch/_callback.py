@@ -98,7 +98,8 @@ class Run:
             self.allocator.reset()
             if self.optimizer is not None:
                 self.optimizer.global_step = 0
-        elif step > 0 and standing.last_step != step - 1:
+        elif step > 0 and standing.last_step != step - 1 and not (self.tuner is not None and standing.last_step < 0):
+            # Checkpoints of PEFT's users have no state. Its allocator warns.
             raise InvalidStateError(
                 f"checkpoint: expected the allocator's state after step {step - 1}, found "
                 + (f"that after step {standing.last_step}" if standing.last_step >= 0 else "none")
@@ -132,9 +133,14 @@ class Run:
 
     def end(self, reason: str) -> None:
         """Leave the model, and warn where its ranks are not the final ones."""
+        standing = self.allocator.standing()
         if self.tuner is not None:
             self.allocator.in_trainer = False
-        standing = self.allocator.standing()
+            if standing.has_pattern:
+                # Saving with masked triplets has left one that keeps all.
+                kept = self.allocator.rank_pattern()
+                name = self.allocator.adapter_name
+                self.config.rank_pattern = {f"{path}.lora_E.{name}": flags for path, flags in kept.items()}
         if not standing.is_final:
             warnings.warn(
                 f"RankAllocator: expected the last mask at step {self.config.total_step - self.config.tfinal}, found "
