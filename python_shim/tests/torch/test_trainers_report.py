@@ -18,7 +18,6 @@ with warnings.catch_warnings():
 
 import adalora.peft
 from adalora import InvalidStateError
-from adalora.peft.transformers import AdaLoraCallback as PeftCallback
 from adalora.torch import AdamW, RankAllocator
 from adalora.torch.transformers import AdaLoraCallback, RankReportCallback
 
@@ -54,7 +53,7 @@ def build(folder: Path, kind: str, **options: Any) -> tuple[Trainer, RankReportC
             torch.manual_seed(3)
             model = peft.get_peft_model(bert(), peft.AdaLoraConfig(**SETTINGS, total_step=STEPS))
         reporting = RankReportCallback(title="Run")
-        return trainer(folder, adalora.peft.accelerate(model), PeftCallback(), reporting, **options), reporting
+        return trainer(folder, adalora.peft.accelerate(model), AdaLoraCallback(), reporting, **options), reporting
     model = adapted(total_step=STEPS)
     if kind == "ours":
         params = [p for p in model.parameters() if p.requires_grad]
