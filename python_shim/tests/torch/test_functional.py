@@ -204,6 +204,71 @@ def test_wrong_shapes_and_types_are_named():
         svd_linear(x, [good, good._replace(y=y.double())])
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_parameters_of_different_types(kept):
+    params = triplets(2, 20, 6, torch.bfloat16)
+    params[kept] = params[kept].detach().float().requires_grad_(True)
+    part = Part(torch.randn(3, 6).bfloat16(), *params, scaling=1.5)
+    x = torch.randn(3, 20).bfloat16()
+    (y,) = svd_linear(x, [part])
+    assert distance(y, reference(x, part)) < 2e-2
+    grads = torch.autograd.grad(y.sum(), params)
+    wanted = torch.autograd.grad(reference(x, part).sum(), params)
+    assert [g.dtype for g in grads] == [p.dtype for p in params]
+    assert max(distance(g, w.double()) for g, w in zip(grads, wanted, strict=True)) < 4e-2
+
+
+def test_the_same_parameters_with_other_data_are_looked_at_again():
+    A, E, B = triplets(4, 20, 6, torch.float32)
+    x = torch.randn(3, 20)
+
+    def check() -> None:
+        part = Part(torch.randn(3, 6), A, E, B, 1.0)
+        for _ in range(2):
+            assert distance(svd_linear(x, [part])[0], reference(x, part)) < 1e-5
+
+    check()
+    # A view of the same memory, then other strides, types and no gradient.
+    A.data, E.data, B.data = A.data[:3], E.data[:3], B.data[:, :3]
+    check()
+    B.data = B.data.contiguous()
+    check()
+    A.data, E.data, B.data = A.data.double(), E.data.double(), B.data.double()
+    check()
+    B.data = torch._neg_view(B.data)
+    check()
+    for p in (A, E, B):
+        p.requires_grad_(False)
+    check()
+    with torch.no_grad():
+        check()
+    E.data = E.data[:2]
+    for _ in range(2):
+        with pytest.raises(adalora.InvalidArgumentError, match=r"E: expected shape \[3, 1\], found \[2, 1\]"):
+            svd_linear(x, [Part(torch.randn(3, 6), A, E, B, 1.0)])
+
+
+@pytest.mark.parametrize("changed", [lambda p: p[:2], lambda p: p.double(), lambda p: p.half()])
+def test_backward_refuses_exchanged_parameters(changed):
+    A, E, B = triplets(4, 20, 6, torch.float32)
+    (y,) = svd_linear(torch.randn(3, 20), [Part(torch.randn(3, 6), A, E, B, 1.0)])
+    A.data = changed(A.data)
+    with pytest.raises(adalora.InvalidStateError, match=r"backward: expected A, E and B as forward had them, found"):
+        y.sum().backward()
+
+
+def test_calls_of_one_geometry_and_different_numbers_of_tokens_interleave():
+    params = triplets(2, 20, 6, torch.float32)
+    xs = [torch.randn(*shape, 20, requires_grad=True) for shape in ((3,), (2, 4), (0,), (5,), (3,))]
+    parts = [Part(torch.randn(*x.shape[:-1], 6), *params, 0.5) for x in xs]
+    for _ in range(2):
+        ys = [svd_linear(x, [part])[0] for x, part in zip(xs, parts, strict=True)]
+        expected = [reference(x, part) for x, part in zip(xs, parts, strict=True)]
+        found = torch.autograd.grad([y.square().sum() for y in ys], [*xs, *params])
+        wanted = torch.autograd.grad([y.square().sum() for y in expected], [*xs, *params])
+        assert max(distance(f, w) for f, w in zip(found, wanted, strict=True) if f.numel()) < 1e-5
+
+
 # Dropout
 
 
