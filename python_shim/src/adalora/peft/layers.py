@@ -248,19 +248,13 @@ class SVDLinear(_Merging, theirs.SVDLinear):
     """A linear layer or transformers' `Conv1D` with adapters."""
 
     base_types = (nn.Linear,)
-    _plain_weight = OwnSVDLinear._plain_weight
+    _base_output = OwnSVDLinear._base_output
 
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self._modules["base_layer"]
-        plain = not traced() and self._base_is_plain()
-        weight = self._plain_weight(x) if plain and not args and not kwargs and self._added() else None
-        if weight is None:
-            y = base(x, *args, **kwargs)
-        else:
-            # Backward has the gradient for x from the weight.
-            with torch.no_grad():
-                y = nn.functional.linear(x, weight, base.bias)
-        return self._add(y, x, weight, plain and self._may_overwrite(y))
+        if not self._added():
+            return self.base_layer(x, *args, **kwargs)
+        y, weight, owned = self._base_output(x, *args, **kwargs)
+        return self._add(y, x, weight, owned)
 
 
 class SVDConv2d(_Merging, theirs.SVDConv2d):
