@@ -469,6 +469,11 @@ typedef struct adalora_adapter_entry_t {
   const int64_t *kernel;
   // How many there are, 0 to 3.
   int64_t n_kernel;
+  // `adalora_checkpoint_export_lora`: 1 for the adapter of an embedding, whose matrices have other names in plain LoRA.
+  // Otherwise 0.
+  int32_t embedding;
+  // Must be 0.
+  int32_t reserved;
 } adalora_adapter_entry_t;
 
 // A tensor in a checkpoint, or for one.

@@ -430,7 +430,9 @@ unsafe fn source<'a>(d: &AdapterEntry) -> Result<Source<'a>> {
     let kernel = unsafe { extents(d.kernel, d.n_kernel, 3, ["kernel", "n_kernel"]) }?;
     // SAFETY: as this function asks.
     let (a, e, b) = unsafe { (readable(a), readable(e), readable(b)) };
-    Ok(Source { name: name.to_owned(), rank, a, e, b, pattern, scaling: d.scaling, kernel })
+    let embedding = read::flag(d.embedding, "embedding")?;
+    read::reserved(d.reserved, "reserved")?;
+    Ok(Source { name: name.to_owned(), rank, a, e, b, pattern, scaling: d.scaling, kernel, embedding })
 }
 
 /// # Safety

@@ -453,6 +453,11 @@ pub struct AdapterEntry {
     pub kernel: *const i64,
     /// How many there are, 0 to 3.
     pub n_kernel: i64,
+    /// `adalora_checkpoint_export_lora`: 1 for the adapter of an embedding, whose matrices have other names in plain LoRA.
+    /// Otherwise 0.
+    pub embedding: i32,
+    /// Must be 0.
+    pub reserved: i32,
 }
 
 /// An adapter in a checkpoint.

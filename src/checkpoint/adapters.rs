@@ -104,6 +104,8 @@ pub struct Source<'a> {
     pub scaling: f64,
     /// Extents of a convolution's kernel.
     pub kernel: Vec<usize>,
+    /// Whether the module is an embedding.
+    pub embedding: bool,
 }
 
 impl Source<'_> {
@@ -156,6 +158,9 @@ impl Source<'_> {
         }
         if !self.kernel.is_empty() {
             return Err(Error::argument("kernel", format_args!("{:?}", self.kernel), "none: AdaLoRA's A is a matrix"));
+        }
+        if self.embedding {
+            return Err(Error::argument("embedding", 1, "0: AdaLoRA's files name all adapters alike"));
         }
         let rows: Vec<usize> = self.kept_rows()?.into_iter().map(|(i, _)| i).collect();
         let (kept, all) = (rows.len(), rows.len() == self.e.rows);

@@ -61,7 +61,10 @@ impl<'s, 'a> Lora<'s, 'a> {
             a_shape.extend(&source.kernel);
             b_shape.extend(source.kernel.iter().map(|_| 1));
             let entry = |factor, dtype, shape, content| Entry {
-                name: format!("{PREFIX}{}.lora_{factor}.weight", source.name),
+                name: match source.embedding {
+                    true => format!("{PREFIX}{}.lora_embedding_{factor}", source.name),
+                    false => format!("{PREFIX}{}.lora_{factor}.weight", source.name),
+                },
                 dtype: stored(dtype),
                 shape,
                 content,

@@ -517,6 +517,11 @@ class adalora_adapter_entry_t(Structure):
         ("kernel", c_void_p),
         # How many there are, 0 to 3.
         ("n_kernel", c_int64),
+        # `adalora_checkpoint_export_lora`: 1 for the adapter of an embedding, whose matrices have other names in plain
+        # LoRA. Otherwise 0.
+        ("embedding", c_int32),
+        # Must be 0.
+        ("reserved", c_int32),
     ]
 
 

@@ -59,6 +59,8 @@ class SavedAdapter(NamedTuple):
     """For `export_lora`: multiplier of the adapter's output; 0: what `lora_alpha` says."""
     kernel: Sequence[int] = ()
     """For `export_lora`: extents of a convolution's kernel."""
+    embedding: bool = False
+    """For `export_lora`: whether the module is an embedding, whose matrices have other names there."""
 
 
 class AdapterInfo(NamedTuple):
@@ -322,7 +324,7 @@ class _Contents:
     def _entry(self, name: str, adapter: SavedAdapter) -> c.adalora_adapter_entry_t:
         entry = c.adalora_adapter_entry_t(ctypes.sizeof(c.adalora_adapter_entry_t), _bytes(name, "adapters"))
         entry.params = _triplets(adapter.params, f"adapters[{name!r}].params")
-        entry.rank, entry.scaling = adapter.rank, adapter.scaling
+        entry.rank, entry.scaling, entry.embedding = adapter.rank, adapter.scaling, adapter.embedding
         if adapter.pattern is not None:
             pattern = np.ascontiguousarray(adapter.pattern, np.uint8)
             if pattern.shape != (adapter.rank,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -436,6 +437,45 @@ def test_plain_lora(tmp_path, x, beside, alpha):
         assert torch.equal(b[:, :n], folded.float())
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain.merge_and_unload()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Mixed(nn.Module):
+    """A layer of every kind that LoRA has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.conv1 = nn.Conv1d(6, 5, 3, padding=1, stride=2)
+        self.conv2 = nn.Conv2d(1, 4, (2, 3))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.conv1(self.embed(ids).transpose(1, 2)).tanh()
+        return self.last(self.conv2(x[:, None]).flatten(2).mean(2))
+
+
+def test_plain_lora_of_every_kind_of_layer(tmp_path):
+    torch.manual_seed(1)
+    bare = Mixed().eval()
+    model = shake(
+        adapt(copy.deepcopy(bare), AdaLoraConfig(**{**SETTINGS, "target_modules": ["embed", "conv1", "conv2", "last"]}))
+    )
+    ids = torch.arange(22).view(2, 11) % 11
+    export_lora(model, tmp_path)
+    torch.testing.assert_close(load_in_peft(copy.deepcopy(bare), tmp_path)(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+    # Their files are like a linear layer's.
+    save_adapter(model, tmp_path / "own")
+    assert torch.equal(load_adapter(copy.deepcopy(bare), tmp_path / "own")(ids), model(ids))
+    shapes = {key: tuple(t.shape) for key, t in load_file(tmp_path / "own" / ADAPTER).items()}
+    assert shapes["base_model.model.conv2.lora_A"] == (4, 6) and shapes["base_model.model.embed.lora_A"] == (4, 11)
+
+    for name, value in (("groups", 2), ("dilation", (2, 1)), ("padding_mode", "circular")):
+        odd = nn.Sequential(nn.Conv2d(2, 4, 3, **{name: value}))
+        adapt(odd, AdaLoraConfig(**{**SETTINGS, "target_modules": ["0"]}))
+        with pytest.raises(InvalidArgumentError, match=rf"expected a convolution with {name}=.*, found"):
+            export_lora(odd, tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
 
 
 def test_plain_lora_of_half_precision(tmp_path):

@@ -24,7 +24,9 @@ from ..arrays import Triplets
 from ..checkpoint import Checkpoint, SavedAdapter, TensorInfo
 from ..errors import CorruptDataError, InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
+from .convolution import SVDConv1d, SVDConv2d
 from .distributed import copy_whole, fsdp_modules, gather_objects, in_first_process, is_dtensor, spread_state, whole
+from .embedding import SVDEmbedding
 from .layers import SVDLayer
 from .matching import matching_modules, svd_layer
 from .model import adapt, get_config, named_adapters, saved_modules
@@ -85,17 +87,37 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
         folder: made if it is not there.
         adapter_name: which adapter.
 
+    Raises:
+        InvalidArgumentError: a convolution has groups, a dilation or a padding mode that LoRA leaves out; merge it.
+
     """
     config = get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
+    adapters = _saved_adapters(layers, adapter_name, None)
     _save(
         files.export_lora,
         folder,
         bool(fsdp_modules(model)),
         config=config.to_dict(),
-        adapters=_saved_adapters(layers, adapter_name, None),
+        adapters={path: adapter._replace(**_in_lora(layers[path], path)) for path, adapter in adapters.items()},
         tensors={key: _plain(tensor, key) for key, tensor in _tensors_beside(model, config, layers).items()},
     )
+
+
+def _in_lora(layer: SVDLayer, path: str) -> dict[str, Any]:
+    """What plain LoRA has to know of a layer."""
+    if isinstance(layer, SVDEmbedding):
+        return {"embedding": True}
+    if not isinstance(layer, SVDConv1d | SVDConv2d):
+        return {}
+    base = layer.base_layer
+    for name, plain in (("groups", 1), ("dilation", (1,) * len(base.kernel_size)), ("padding_mode", "zeros")):
+        found = getattr(base, name)
+        if found != plain:
+            raise InvalidArgumentError(
+                f"{path}: expected a convolution with {name}={plain!r}, since LoRA's has no other, found {found!r}"
+            )
+    return {"kernel": base.kernel_size}
 
 
 def _saved_adapters(
