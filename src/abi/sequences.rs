@@ -13,6 +13,7 @@
 mod adapters;
 mod allocators;
 mod binding;
+mod checkpoints;
 mod contexts;
 mod memory;
 mod passes;
@@ -150,6 +151,11 @@ enum Kind {
     SetAdamSteps,
     Save,
     Load,
+    WriteCheckpoint,
+    OpenCheckpoint,
+    DestroyCheckpoint,
+    ReadCheckpoint,
+    ReadDamaged,
 }
 
 /// One step of a sequence.
@@ -177,6 +183,15 @@ fn op() -> impl Strategy<Value = Op> {
         vec![Select; 4],
         vec![Step; 8],
         vec![Finalize, Reset, SetPattern, SetPattern, SetAdamSteps, Save, Load, Load],
+        vec![
+            WriteCheckpoint,
+            OpenCheckpoint,
+            ReadCheckpoint,
+            ReadCheckpoint,
+            DestroyCheckpoint,
+            ReadDamaged,
+            ReadDamaged,
+        ],
     ]
     .concat();
     let spoil = proptest::option::weighted(0.4, any::<u64>());
@@ -235,6 +250,10 @@ struct World {
     allocators: Vec<allocators::Allocator>,
     /// Saved states.
     images: Vec<Vec<u8>>,
+    checkpoints: Vec<checkpoints::Checkpoint>,
+    folder: checkpoints::Folder,
+    /// What was written there.
+    files: checkpoints::Files,
     next: u64,
     trace: Vec<String>,
     statuses: Vec<i32>,
@@ -251,6 +270,9 @@ impl World {
             adapters: Vec::new(),
             allocators: Vec::new(),
             images: Vec::new(),
+            checkpoints: Vec::new(),
+            folder: checkpoints::Folder::new(),
+            files: checkpoints::Files::default(),
             next: 0,
             trace: Vec::new(),
             statuses: Vec::new(),
@@ -355,17 +377,23 @@ impl World {
             Kind::SetAdamSteps => self.set_adam_steps(c, w),
             Kind::Save => self.save(c, w),
             Kind::Load => self.load(c, w),
+            Kind::WriteCheckpoint => self.write_checkpoint(c, w),
+            Kind::OpenCheckpoint => self.open_checkpoint(c, w),
+            Kind::DestroyCheckpoint => self.destroy_checkpoint(c, w.is_some()),
+            Kind::ReadCheckpoint => self.read_checkpoint(c, w),
+            Kind::ReadDamaged => self.read_damaged(c),
         }
     }
 
     /// Destroys everything that is left, in any order.
     fn end(&mut self, c: &mut Choices) -> Outcome {
         self.memory.begin_call(false);
-        let mut kinds = [0, 1, 2];
+        let mut kinds = [0, 1, 2, 3];
         c.shuffle(&mut kinds);
         for kind in kinds {
             match kind {
                 0 => (0..self.contexts.len()).try_for_each(|_| self.destroy_context(c, None))?,
+                3 => (0..self.checkpoints.len()).try_for_each(|_| self.destroy_checkpoint(c, false))?,
                 1 => (0..self.adapters.len()).try_for_each(|_| self.destroy_adapter(c, None))?,
                 _ => (0..self.allocators.len()).try_for_each(|_| self.destroy_allocator(c, None))?,
             }

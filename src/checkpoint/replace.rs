@@ -147,3 +147,102 @@ impl Drop for Replacement {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{ADAPTER_FILE, STATE_FILE};
+    use super::*;
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let folder = std::env::temp_dir().join(format!("adalora-replace-{}-{name}", std::process::id()));
+            let _ = fs::remove_dir_all(&folder);
+            Self(folder)
+        }
+
+        fn stage(&self, files: &[(&'static str, &str)]) -> Replacement {
+            let mut replacement = Replacement::new(&self.0).unwrap();
+            for (name, content) in files {
+                replacement.stage(name, |file| file.write_all(content.as_bytes())).unwrap();
+            }
+            replacement
+        }
+
+        fn content(&self) -> Vec<(String, String)> {
+            let read = |entry: fs::DirEntry| {
+                (entry.file_name().into_string().unwrap(), fs::read_to_string(entry.path()).unwrap())
+            };
+            let mut content: Vec<_> = fs::read_dir(&self.0).unwrap().map(|entry| read(entry.unwrap())).collect();
+            content.sort();
+            content
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const ALL: [&str; 3] = [STATE_FILE, ADAPTER_FILE, CONFIG_FILE];
+
+    #[test]
+    fn a_failure_at_any_file_restores_all() {
+        for is_there in [true, false] {
+            let folder = Folder::new(if is_there { "there" } else { "new" });
+            if is_there {
+                folder.stage(&ALL.map(|name| (name, "old"))).commit().unwrap();
+            }
+            fs::create_dir_all(&folder.0).unwrap();
+            let before = folder.content();
+            assert_eq!(before.len(), if is_there { 3 } else { 0 });
+            for lost in ALL {
+                let replacement = folder.stage(&ALL.map(|name| (name, "new")));
+                fs::remove_file(replacement.beside(lost, "new")).unwrap();
+                assert_eq!(replacement.commit().unwrap_err().code, Code::NotFound);
+                assert_eq!(folder.content(), before);
+            }
+            folder.stage(&ALL.map(|name| (name, "new"))).commit().unwrap();
+            assert!(folder.content().iter().all(|(_, content)| content == "new"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_put_in_place_goes_away() {
+        let folder = Folder::new("dropped");
+        folder.stage(&[(CONFIG_FILE, "old")]).commit().unwrap();
+        drop(folder.stage(&[(CONFIG_FILE, "new"), (ADAPTER_FILE, "new")]));
+        assert_eq!(folder.content(), [(CONFIG_FILE.to_owned(), "old".to_owned())]);
+    }
+
+    /// A process may end between any two steps: there is never a configuration beside tensors that are not its own.
+    #[test]
+    fn no_configuration_is_there_while_others_change() {
+        let folder = Folder::new("between");
+        folder.stage(&ALL.map(|name| (name, "old"))).commit().unwrap();
+        let replacement = folder.stage(&ALL.map(|name| (name, "new")));
+        fs::remove_file(replacement.beside(CONFIG_FILE, "new")).unwrap();
+        let mut done = Vec::new();
+        replacement.replace_together(&mut done).unwrap_err();
+        // As it would be left: the new tensors, the old files beside their places, no configuration.
+        let content = folder.content();
+        let names: Vec<&str> = content.iter().map(|(name, _)| name.as_str()).filter(|n| !n.starts_with('.')).collect();
+        assert_eq!(names, [ADAPTER_FILE, STATE_FILE]);
+        assert_eq!(content.iter().filter(|(name, text)| name.ends_with(".old") && text == "old").count(), 3);
+    }
+
+    #[test]
+    fn the_same_configuration_stays_where_it_is() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = Folder::new("same");
+        folder.stage(&[(ADAPTER_FILE, "old"), (CONFIG_FILE, "{}")]).commit().unwrap();
+        let inode = |name| fs::metadata(folder.0.join(name)).unwrap().ino();
+        let before = [ADAPTER_FILE, CONFIG_FILE].map(inode);
+        folder.stage(&[(ADAPTER_FILE, "new"), (CONFIG_FILE, "{}")]).commit().unwrap();
+        let after = [ADAPTER_FILE, CONFIG_FILE].map(inode);
+        assert!(before[0] != after[0] && before[1] == after[1]);
+        assert_eq!(folder.content().len(), 2);
+    }
+}

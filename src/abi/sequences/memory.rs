@@ -118,7 +118,7 @@ pub(super) struct Mat {
 
 impl Mat {
     /// Elements from one row to the next.
-    fn pitch(&self) -> usize {
+    pub(super) fn pitch(&self) -> usize {
         (if self.d.row_stride == 0 { self.d.columns } else { self.d.row_stride }) as usize
     }
 
