@@ -306,6 +306,27 @@ def finalized(way: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return result, {"last_step": standing.last_step, "is_final": standing.is_final, "live": standing.live_triplets}
 
 
+def half_precision(way: str) -> dict[str, Any]:
+    """The penalty and a step over parameters in bfloat16."""
+    model = prepared(way, network().to(torch.bfloat16))
+    allocator = RankAllocator(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW(params, allocator, lr=1e-2)
+    x, wanted = (each.to(torch.bfloat16) for each in batches(0, 1)[0])
+    (model(x) - wanted).square().mean().backward()
+    for p in params:
+        local(p.grad).zero_()
+    value = allocator.orthogonality()
+    grads = {
+        name: whole(p.grad).float().numpy() for name, p in zip(allocator.names, allocator.parameters(), strict=True)
+    }
+    optimizer.step()
+    values = {
+        name: whole(p).detach().float().numpy() for name, p in zip(allocator.names, allocator.parameters(), strict=True)
+    }
+    return {"value": value, "grads": grads, "values": values, "digest": allocator.digest()}
+
+
 def flat_buffer() -> None:
     """Gradients in one buffer, which stays where it is, with one that only the first process has."""
     rank, size = dist.get_rank(), dist.get_world_size()

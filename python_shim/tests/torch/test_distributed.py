@@ -89,6 +89,19 @@ def test_the_last_mask_by_hand(two):
     assert [standing for _, standing in found] == [after, after]
 
 
+def test_half_precision(two):
+    expected = runs.half_precision("alone")
+    assert expected["value"] > 1
+    for found in two.run(runs.half_precision, "fsdp"):
+        np.testing.assert_allclose(found["value"], expected["value"], rtol=1e-6)
+        assert found["digest"] == expected["digest"]
+        for name in expected["grads"]:
+            for what in ("grads", "values"):
+                np.testing.assert_allclose(
+                    found[what][name], expected[what][name], rtol=2**-7, err_msg=f"{what} {name}"
+                )
+
+
 def test_one_buffer_of_gradients(two):
     two.run(runs.flat_buffer)
 
