@@ -556,6 +556,34 @@ mod tests {
         }
     }
 
+    /// A product's bits depend on its own rows alone, not on how many others are computed with it.
+    fn products_stand_alone<T: Real + std::fmt::Debug>() {
+        let values = |n: usize, seed: f64| -> Vec<T> { (0..n).map(|i| T::from_f64((i as f64 + seed).sin())).collect() };
+        let (m, n, length) = (13, 11, 261);
+        let (x, p) = (values(m * length, 0.5), values(n * length, 0.25));
+        let rows = |v: &Vec<T>, i: usize| Rows::new(v.as_ptr().wrapping_add(i * length).cast_mut(), length);
+        for isa in isas() {
+            let mut all = vec![T::default(); m * n];
+            // SAFETY: sizes as above.
+            unsafe { dot(isa, (m, n, length), rows(&x, 0), rows(&p, 0), Rows::new(all.as_mut_ptr(), n)) };
+            for i in 0..m {
+                for j in 0..n {
+                    let mut alone = T::default();
+                    let to = Rows::new(&raw mut alone, 1);
+                    // SAFETY: one row of each.
+                    unsafe { dot(isa, (1, 1, length), rows(&x, i), rows(&p, j), to) };
+                    assert_eq!(alone, all[i * n + j], "{isa:?} at {i} {j}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_do_not_see_each_other() {
+        products_stand_alone::<f32>();
+        products_stand_alone::<f64>();
+    }
+
     #[test]
     fn float32() {
         products_match_plain_loops::<f32>();

@@ -190,7 +190,7 @@ pub(super) trait Vector: Copy {
         // SAFETY: as this function asks.
         unsafe { narrowed(self, to, Self::LANES, f16::from_f32) };
     }
-    /// The sums of four vectors.
+    /// The sums of four vectors, each as [`Vector::sum`] has it: what stands beside a number changes no bit of it.
     #[inline(always)]
     fn sums(vectors: [Self; 4]) -> [Self::Element; 4] {
         vectors.map(Self::sum)
@@ -645,13 +645,14 @@ mod x86 {
     unsafe fn sum_f32x8(v: __m256) -> f32 {
         // SAFETY: as this function asks.
         unsafe {
-            let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+            let pairs = _mm256_add_ps(v, _mm256_permute_ps::<0b1110>(v));
+            let halves = _mm256_add_ps(pairs, _mm256_movehdup_ps(pairs));
+            _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)))
         }
     }
 
-    /// Four sums at once: lanes of different vectors are brought side by side, and added together.
+    /// Four sums at once: lanes of different vectors are brought side by side, and added together, in the order of
+    /// `sum_f32x8`.
     ///
     /// # Safety
     /// The processor has AVX2.
