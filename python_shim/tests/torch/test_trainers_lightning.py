@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import STEPS, adapted, bert, examples
+from tiny_models import STEPS, accelerated, adapted, bert, examples
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
 ]
 
 NAMES = ["lightning.pytorch", "pytorch_lightning"]
@@ -193,7 +194,7 @@ def test_steps_that_mixed_precision_leaves_out(tmp_path, kind):
     assert (standing.skipped, standing.last_step, standing.is_final) == (2, STEPS - 1, True)
 
 
-@pytest.mark.parametrize("kind", ["torch", "ours"])
+@pytest.mark.parametrize("kind", ["torch", "ours", "peft"])
 @pytest.mark.parametrize("parts", [3, 5])
 def test_resumed_runs_are_the_same(tmp_path, kind, parts):
     # Lightning goes on at the beginning of the data: a step for each epoch, or batches that are all the same, twelve of
@@ -201,7 +202,7 @@ def test_resumed_runs_are_the_same(tmp_path, kind, parts):
     data = examples(12) if parts == 3 else examples(4) * 12
 
     def run(*callbacks, **options):
-        model = adapted(total_step=STEPS if kind == "ours" else None)
+        model = accelerated() if kind == "peft" else adapted(total_step=STEPS if kind == "ours" else None)
         lit, callback = module(model, kind), AdaLoraCallback()
         checkpoint = options.pop("ckpt_path", None)
         made = trainer(tmp_path, callback, *callbacks, accumulate_grad_batches=parts, **options)
@@ -215,6 +216,18 @@ def test_resumed_runs_are_the_same(tmp_path, kind, parts):
         found, found_state = run(ckpt_path=tmp_path / f"step={step}.ckpt")
         assert_equal(found, params)
         assert_equal(found_state, state)
+
+
+def test_peft_models_train_as_others(tmp_path):
+    models, callbacks = [accelerated(task_type=None), adapted(task_type=None)], [AdaLoraCallback(), AdaLoraCallback()]
+    for model, callback in zip(models, callbacks, strict=True):
+        trainer(tmp_path, callback, accumulate_grad_batches=2, gradient_clip_val=0.3).fit(module(model), batches())
+    assert callbacks[0].allocator.rank_pattern() == callbacks[1].allocator.rank_pattern()
+    found = {name.removeprefix("base_model.model."): p for name, p in trained(models[0]).items()}
+    expected = trained(models[1])
+    assert found.keys() == expected.keys()
+    for name, p in found.items():
+        torch.testing.assert_close(p, expected[name], rtol=0, atol=1e-5)
 
 
 def test_total_step_is_the_trainers(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,6 +207,34 @@ def test_a_run_is_that_of_peft(tmp_path, kind):
     for name, p in theirs.named_parameters():
         if p.requires_grad and "ranknum" not in name:
             torch.testing.assert_close(found[name.removeprefix("base_model.model.")], p.detach(), rtol=0, atol=1e-4)
+
+
+# Several processes
+
+
+def one_of_two(rank: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    model = adapted().double()
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
+    made(folder, model, AdaLoraCallback(), ddp_backend="gloo", train_sampling_strategy="sequential", **options).train()
+    torch.save(trained(model), folder / f"{rank}.pt")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (tmp_path, port), nprocs=2)
+    model = adapted().double()
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
+    made(tmp_path, model, AdaLoraCallback(), train_sampling_strategy="sequential", **options).train()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_equal(first, second)
+    for name, p in trained(model).items():
+        torch.testing.assert_close(first[name], p, rtol=0, atol=1e-12)
 
 
 # Steps that mixed precision leaves out
