@@ -79,12 +79,19 @@ class _Adapted:
             owned: whether y may be overwritten.
 
         """
-        for name in self._added():
-            dropped, p = self._dropout(self._input(x, name), name)
-            A, E, B, scaling = self._scaled(name)
-            (y,) = svd_linear(dropped, [Part(y, A, E, B, scaling, p, owned, weight)])
-            owned, weight = not traced(), None
+        names = self._added()
+        if len(names) > 1:
+            # Each by itself, so that the order does not matter.
+            parts = [self._one(torch.zeros_like(y, requires_grad=False), x, name, None, not traced()) for name in names]
+            return y + sum(parts[1:], parts[0])
+        for name in names:
+            y = self._one(y, x, name, weight, owned)
         return y
+
+    def _one(self, y: Tensor, x: Tensor, name: str, weight: Tensor | None, owned: bool) -> Tensor:
+        dropped, p = self._dropout(self._input(x, name), name)
+        A, E, B, scaling = self._scaled(name)
+        return svd_linear(dropped, [Part(y, A, E, B, scaling, p, owned, weight)])[0]
 
     # Ranks
 
@@ -251,8 +258,8 @@ class SVDLinear(_Merging, theirs.SVDLinear):
     _base_output = OwnSVDLinear._base_output
 
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._added():
-            return self.base_layer(x, *args, **kwargs)
+        if len(self._added()) != 1:
+            return self._add(self.base_layer(x, *args, **kwargs), x, None, False)
         y, weight, owned = self._base_output(x, *args, **kwargs)
         return self._add(y, x, weight, owned)
 
