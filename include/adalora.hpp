@@ -511,7 +511,9 @@ class Checkpoint {
     std::int64_t n = 0;
     check(adalora_checkpoint_sizes(get(), ADALORA_FILES_ADAPTER, &n, nullptr));
     std::vector<AdapterInfo> result(static_cast<std::size_t>(n));
-    for (std::int64_t i = 0; i < n; ++i) check(adalora_checkpoint_adapter(get(), i, &result[static_cast<std::size_t>(i)]));
+    for (std::int64_t i = 0; i < n; ++i) {
+      check(adalora_checkpoint_adapter(get(), i, &result[static_cast<std::size_t>(i)]));
+    }
     return result;
   }
 
