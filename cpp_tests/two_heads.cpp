@@ -140,8 +140,8 @@ struct Trainer {
     return loss;
   }
 
-  /// What a run needs beside the adapters to go on, each with its name: AdamW's moments, the averages of importance, the
-  /// allocator's state, the step.
+  /// What a run needs beside the adapters to go on, each with its name: AdamW's moments, the averages of importance,
+  /// the allocator's state, the step.
   struct Part {
     std::string name;
     void* data;

@@ -522,8 +522,8 @@ class Checkpoint {
     check(adalora_checkpoint_read_adapter(get(), index, &params));
   }
 
-  /// All tensors of the files that belong to no adapter, in the order of their indices. What they point to lives as long
-  /// as this object.
+  /// All tensors of the files that belong to no adapter, in the order of their indices. What they point to lives as
+  /// long as this object.
   std::vector<Tensor> tensors(std::int32_t files) const {
     std::int64_t n = 0;
     check(adalora_checkpoint_sizes(get(), files, nullptr, &n));
