@@ -43,6 +43,8 @@ pub struct Geometry {
     pub output: Share,
     /// Triplets.
     pub rank: usize,
+    /// Triplets at creation: more, where the adapter was compacted.
+    pub ranknum: usize,
     /// `lora_alpha`.
     pub alpha: f64,
     /// Probability of dropout.
@@ -64,9 +66,9 @@ impl Geometry {
         self.input.whole + self.output.whole + 1
     }
 
-    /// Multiplier of the adapter's output: `(alpha > 0 ? alpha : rank) / (rank + 1e-5)`.
+    /// Multiplier of the adapter's output: `(alpha > 0 ? alpha : ranknum) / (ranknum + 1e-5)`.
     pub fn scaling(&self) -> f64 {
-        scaling(self.alpha, self.rank)
+        scaling(self.alpha, self.ranknum)
     }
 
     fn scaling_or_own(&self, given: f64) -> Result<f64> {

@@ -411,6 +411,36 @@ pub unsafe extern "C" fn adalora_allocator_set_adam_steps_sync(
     })
 }
 
+/// Hands a run over to an allocator of the triplets that are kept alone, after the last mask: from then on forward,
+/// backward and everything else cost what those cost, and penalty and norm cover them alone. Reads the pattern back.
+/// Waits for the stream.
+///
+/// Before the call: ask `adalora_allocator_read_sync` for the ranks, make adapters of these (with `ranknum` the rank at
+/// creation, so that the scaling stays) and an allocator over them with the same descriptor, and bind it, with memory
+/// for state and arrays of its own; where A's rows and B's columns are sharded, with what is kept of each slice. An
+/// allocator over compacted adapters counts its budget as before, and its pattern is final from the start, also after
+/// `adalora_allocator_reset`.
+///
+/// The call copies what is kept of `p`, `p_low`, `g`, the averages, and `m` and `v` where both allocators have them, and
+/// sets clocks and counters. The allocator itself stays as it is; it, its adapters and its buffers are of no use then.
+///
+/// @param allocator Bound, its pattern final.
+/// @param compacted Bound, of the same context.
+/// @return `ADALORA_ERROR_INVALID_STATE` where the pattern is not final, or either is not bound;
+/// `ADALORA_ERROR_INVALID_ARGUMENT` names what of `compacted` does not fit the pattern. Nothing is written then.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn adalora_allocator_compact_sync(
+    allocator: Option<&Allocator>,
+    compacted: Option<NonNull<Allocator>>,
+    stream: *mut c_void,
+) -> Status {
+    guard("adalora_allocator_compact_sync", || {
+        let allocator = required(allocator, "allocator")?.0.get(Kind::Allocator, "allocator")?;
+        let compacted = shared(compacted, "compacted")?.0.get(Kind::Allocator, "compacted")?;
+        allocator.compact_sync(compacted, stream.into())
+    })
+}
+
 /// Writes the allocator's state (pattern, clocks, counters) as bytes that any machine reads, into host memory. With the
 /// tensors that the caller owns (parameters, moments, averages) a run resumed from them continues bit for bit. Waits
 /// for the stream.
@@ -435,6 +465,9 @@ pub unsafe extern "C" fn adalora_allocator_save_state_sync(
 
 /// Reads what `adalora_allocator_save_state_sync` wrote into the bound state: bind first, with parameters, moments and
 /// averages restored. Waits for the stream.
+///
+/// A state from before compaction, whose pattern is final, is taken by compacted adapters that have the ranks that it
+/// keeps.
 ///
 /// @param bytes Host memory; not trusted: length, version, checksum and every value are checked.
 /// @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state of adapters

@@ -433,6 +433,12 @@ pub(super) unsafe fn geometry(desc: *const AdapterDesc) -> Result<Geometry> {
             format_args!("less: {rank} triplets of {} and {} features overflow memory", input.whole, output.whole),
         ));
     }
+    let ranknum = if d.ranknum == 0 { d.rank } else { d.ranknum };
+    if !(d.rank..1 << 40).contains(&ranknum) {
+        let expected = format_args!("0 (as rank), or rank, {rank}, to 2^40");
+        return Err(Error::argument("desc.ranknum", d.ranknum, expected));
+    }
+    let ranknum = ranknum as usize;
     if !(d.alpha.is_finite() && d.alpha >= 0.0) {
         return Err(Error::argument("desc.alpha", d.alpha, "a finite number, 0 or more"));
     }
@@ -452,7 +458,7 @@ pub(super) unsafe fn geometry(desc: *const AdapterDesc) -> Result<Geometry> {
         return Err(Error::argument("desc.operand_terms", d.operand_terms, "0 (default), 1, 2 or 3"));
     }
     reserved(d.reserved, "desc.reserved")?;
-    Ok(Geometry { input, output, rank, alpha: d.alpha, dropout: d.dropout, param_dtype, activation_dtype })
+    Ok(Geometry { input, output, rank, ranknum, alpha: d.alpha, dropout: d.dropout, param_dtype, activation_dtype })
 }
 
 /// The adapter that a call names.

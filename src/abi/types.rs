@@ -200,9 +200,9 @@ pub struct AdapterDesc {
     pub in_features: i64,
     /// Output features of the whole layer, at least 1.
     pub out_features: i64,
-    /// Triplets at creation (PEFT's `init_r`), 0 or more: the constant divisor of the scaling.
+    /// Triplets (PEFT's `init_r`), 0 or more.
     pub rank: i64,
-    /// PEFT's `lora_alpha`: 0 stands for `rank`. Not negative.
+    /// PEFT's `lora_alpha`: 0 stands for the rank at creation. Not negative.
     pub alpha: f64,
     /// Probability with which an element of the adapter's input is dropped, in [0, 1). There is no evaluation mode:
     /// evaluate with a second adapter of the same geometry and dropout 0, since adapters hold no parameters.
@@ -225,6 +225,9 @@ pub struct AdapterDesc {
     pub out_local: i64,
     /// First of them, in the whole layer.
     pub out_begin: i64,
+    /// Triplets at creation, PEFT's `ranknum`, the constant divisor of the scaling; 0: `rank`. More than `rank` says that
+    /// the adapter was compacted: see `adalora_allocator_compact_sync`.
+    pub ranknum: i64,
 }
 
 /// One adapter's share in a forward or backward call. All adapters of a call read the same x.

@@ -1,6 +1,7 @@
 //! The rank allocator: which adapters, which schedule, where their buffers lie. It checks; a backend computes.
 
 pub mod binding;
+pub mod compaction;
 pub mod importance;
 pub mod panels;
 pub mod schedule;
@@ -11,13 +12,13 @@ use crate::adapter::{Adapter, Geometry};
 use crate::backend::BoundAllocator;
 use crate::checkpoint;
 use crate::context::Context;
-use crate::error::{Code, Error, Result, reserve};
+use crate::error::{At, Code, Error, Result, reserve};
 use crate::tensor::{Address, Region, Stream, disjoint};
 use arrayvec::ArrayVec;
 pub use binding::{Binding, Factor, HyperSource, SliceSource};
 use parking_lot::{MappedRwLockReadGuard, MappedRwLockWriteGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use schedule::Schedule;
-use state::{Fnv, Layout};
+use state::{Fnv, HAS_PATTERN, IS_FINAL, Layout};
 use std::sync::Arc;
 
 /// More adapters than any model has.
@@ -78,6 +79,8 @@ pub struct Model {
     pub layout: Layout,
     /// Where in the Gram buffer, in elements, each adapter's `A A^T` begins (`B^T B` follows it), and the end.
     pub gram_offsets: Vec<usize>,
+    /// Whether any adapter was compacted: the pattern then is final from the start.
+    pub is_compacted: bool,
     /// Hash of adapters and shapes, by which a state knows whose it is.
     pub digest: u64,
 }
@@ -101,8 +104,8 @@ impl Model {
             gram = square.and_then(|n| gram.checked_add(n)).filter(|n| *n < 1 << 58).ok_or_else(too_many)?;
             gram_offsets.push(gram);
             let cost = config.unit.cost(g);
-            let rank = g.rank as i64;
-            initial = rank.checked_mul(cost).and_then(|c| initial.checked_add(c)).ok_or_else(too_many)?;
+            let ranknum = g.ranknum as i64;
+            initial = ranknum.checked_mul(cost).and_then(|c| initial.checked_add(c)).ok_or_else(too_many)?;
             target =
                 config.target_rank.checked_mul(cost).and_then(|c| target.checked_add(c)).ok_or_else(|| {
                     Error::argument("desc.target_rank", config.target_rank, "a budget that fits 63 bits")
@@ -131,6 +134,7 @@ impl Model {
             delta_t: config.delta_t,
         };
         Ok(Self {
+            is_compacted: geometries.iter().any(|g| g.rank < g.ranknum),
             geometries,
             offsets,
             unit: config.unit,
@@ -152,6 +156,11 @@ impl Model {
     /// Triplets of one adapter.
     pub fn range(&self, adapter: usize) -> std::ops::Range<usize> {
         self.offsets[adapter]..self.offsets[adapter + 1]
+    }
+
+    /// The flags of a state where a run begins.
+    pub fn fresh_flags(&self) -> i64 {
+        if self.is_compacted { HAS_PATTERN | IS_FINAL } else { 0 }
     }
 
     /// What a triplet takes from the budget.
@@ -560,6 +569,38 @@ impl Allocator {
         let mut state = bound.read_sync(stream)?;
         state.clocks.copy_from_slice(adam_steps);
         bound.write_sync(&state, stream)
+    }
+
+    /// Hands what the final pattern keeps, and where the run stands, to an allocator of those triplets alone.
+    pub fn compact_sync(&self, compacted: &Self, stream: Stream) -> Result<()> {
+        if std::ptr::eq(self, compacted) {
+            return Err(Error::argument("compacted", "the allocator itself", "one over the compacted adapters"));
+        }
+        if !Arc::ptr_eq(&self.context, &compacted.context) {
+            return Err(Error::argument("compacted", "an allocator of another context", "one of the same"));
+        }
+        compaction::check_adapters(&self.model, &compacted.model)?;
+        let writing = || compacted.writing().at("compacted");
+        // In the order of their addresses, or two calls could wait for each other.
+        let (bound, mut target) = if std::ptr::from_ref(self) < std::ptr::from_ref(compacted) {
+            let bound = self.reading()?;
+            (bound, writing()?)
+        } else {
+            let target = writing()?;
+            (self.reading()?, target)
+        };
+        let state = bound.read_sync(stream)?;
+        if !state.header.is_final() {
+            return Err(Error::new(
+                Code::InvalidState,
+                "allocator: found a pattern that may still change, expected a final one, after the last mask",
+            ));
+        }
+        let ranks = self.model.geometries.iter().map(|g| g.rank);
+        let own = compaction::compact_state(&state, ranks, &compacted.model, "compacted")?;
+        let pairs = compaction::pair(bound.binding(), target.binding(), &state.pattern)?;
+        bound.gather(&state.pattern, &pairs, stream)?;
+        target.write_sync(&own, stream)
     }
 
     /// The state as bytes.

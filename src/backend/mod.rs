@@ -5,6 +5,7 @@ mod cpu;
 pub mod panics;
 
 use crate::adapter::{Combine, Geometry, Layout, Pass};
+use crate::allocator::compaction::Compacted;
 use crate::allocator::state::State;
 use crate::allocator::{Binding, Model, StepSource};
 use crate::context::{Kind, Settings};
@@ -113,6 +114,9 @@ pub trait BoundAllocator: Send + Sync {
 
     /// Sets the pattern.
     fn set_pattern(&mut self, pattern: Address, is_final: bool, stream: Stream) -> Result<()>;
+
+    /// Copies what the pattern, in host memory, keeps of each slice to the one beside it, which holds as many elements.
+    fn gather(&self, pattern: &[u8], pairs: &[Compacted], stream: Stream) -> Result<()>;
 
     /// The state, read back.
     fn read_sync(&self, stream: Stream) -> Result<State>;

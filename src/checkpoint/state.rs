@@ -6,6 +6,7 @@
 //! all before (u64).
 
 use crate::allocator::Model;
+use crate::allocator::compaction::compact_state;
 use crate::allocator::state::{Fnv, HAS_PATTERN, Header, IS_FINAL, MAGIC, State};
 use crate::error::{Code, Error, Result, reserve};
 
@@ -68,16 +69,20 @@ pub fn decode(model: &Model, bytes: &[u8]) -> Result<State> {
     if adapters != expected {
         return Err(Error::argument("bytes", format_args!("a state of {adapters} adapters"), expected));
     }
+    let mut ranks = reserve(model.geometries.len(), "adapters")?;
     for (i, g) in model.geometries.iter().enumerate() {
         let (rank, input, output) = (number()?, number()?, number()?);
-        if (rank, input, output) != (g.rank as u64, g.input.whole as u64, g.output.whole as u64) {
+        let fits = (g.rank as u64..=g.ranknum as u64).contains(&rank);
+        if !fits || (input, output) != (g.input.whole as u64, g.output.whole as u64) {
             return Err(Error::argument(
                 "bytes",
                 format_args!("adapter {i} of rank {rank}, {input} to {output} features"),
                 format_args!("rank {}, {} to {}", g.rank, g.input.whole, g.output.whole),
             ));
         }
+        ranks.push(rank as usize);
     }
+    let triplets: usize = ranks.iter().sum();
     let last_step = number()? as i64;
     let mut count = |name: &str| match number()? {
         value if value <= MOST => Ok(value as i64),
@@ -100,8 +105,8 @@ pub fn decode(model: &Model, bytes: &[u8]) -> Result<State> {
     for _ in 0..adapters {
         clocks.push(count("clock of an adapter")?);
     }
-    if rest.len() != model.triplets() {
-        return Err(corrupt(format!("found a pattern of {} triplets, expected {}", rest.len(), model.triplets())));
+    if rest.len() != triplets {
+        return Err(corrupt(format!("found a pattern of {} triplets, expected {triplets}", rest.len())));
     }
     if let Some(value) = rest.iter().find(|v| **v > 1) {
         return Err(corrupt(format!("found {value} in the pattern, expected 0 or 1")));
@@ -111,5 +116,13 @@ pub fn decode(model: &Model, bytes: &[u8]) -> Result<State> {
     }
     let mut pattern = reserve(rest.len(), "triplets")?;
     pattern.extend(rest);
-    Ok(State { header, clocks, pattern })
+    let state = State { header, clocks, pattern };
+    if ranks.iter().zip(&model.geometries).all(|(rank, g)| *rank == g.rank) {
+        return Ok(state);
+    }
+    if !state.header.is_final() {
+        let found = "a state from before compaction whose pattern may still change";
+        return Err(Error::argument("bytes", found, "one whose pattern is final"));
+    }
+    compact_state(&state, ranks.into_iter(), model, "bytes")
 }

@@ -213,9 +213,9 @@ class adalora_adapter_desc_t(Structure):
         ("in_features", c_int64),
         # Output features of the whole layer, at least 1.
         ("out_features", c_int64),
-        # Triplets at creation (PEFT's `init_r`), 0 or more: the constant divisor of the scaling.
+        # Triplets (PEFT's `init_r`), 0 or more.
         ("rank", c_int64),
-        # PEFT's `lora_alpha`: 0 stands for `rank`. Not negative.
+        # PEFT's `lora_alpha`: 0 stands for the rank at creation. Not negative.
         ("alpha", c_double),
         # Probability with which an element of the adapter's input is dropped, in [0, 1). There is no evaluation mode:
         # evaluate with a second adapter of the same geometry and dropout 0, since adapters hold no parameters.
@@ -238,6 +238,9 @@ class adalora_adapter_desc_t(Structure):
         ("out_local", c_int64),
         # First of them, in the whole layer.
         ("out_begin", c_int64),
+        # Triplets at creation, PEFT's `ranknum`, the constant divisor of the scaling; 0: `rank`. More than `rank` says
+        # that the adapter was compacted: see `adalora_allocator_compact_sync`.
+        ("ranknum", c_int64),
     ]
 
 
@@ -1178,6 +1181,35 @@ correction goes on from there. Waits for the stream.
 @param adam_steps n_adapters values in host memory, 0 or more.
 """,
     ),
+    "adalora_allocator_compact_sync": Function(
+        restype=adalora_status_t,
+        is_status=True,
+        arguments=(
+            ("allocator", POINTER(adalora_allocator_t)),
+            ("compacted", POINTER(adalora_allocator_t)),
+            ("stream", c_void_p),
+        ),
+        doc="""Hands a run over to an allocator of the triplets that are kept alone, after the last mask: from then
+on forward, backward and everything else cost what those cost, and penalty and norm cover them alone.
+Reads the pattern back. Waits for the stream.
+
+Before the call: ask `adalora_allocator_read_sync` for the ranks, make adapters of these (with
+`ranknum` the rank at creation, so that the scaling stays) and an allocator over them with the same
+descriptor, and bind it, with memory for state and arrays of its own; where A's rows and B's columns
+are sharded, with what is kept of each slice. An allocator over compacted adapters counts its budget
+as before, and its pattern is final from the start, also after `adalora_allocator_reset`.
+
+The call copies what is kept of `p`, `p_low`, `g`, the averages, and `m` and `v` where both
+allocators have them, and sets clocks and counters. The allocator itself stays as it is; it, its
+adapters and its buffers are of no use then.
+
+@param allocator Bound, its pattern final.
+@param compacted Bound, of the same context.
+@return `ADALORA_ERROR_INVALID_STATE` where the pattern is not final, or either is not bound;
+`ADALORA_ERROR_INVALID_ARGUMENT` names what of `compacted` does not fit the pattern. Nothing is
+written then.
+""",
+    ),
     "adalora_allocator_save_state_sync": Function(
         restype=adalora_status_t,
         is_status=True,
@@ -1207,6 +1239,9 @@ continues bit for bit. Waits for the stream.
         ),
         doc="""Reads what `adalora_allocator_save_state_sync` wrote into the bound state: bind first, with
 parameters, moments and averages restored. Waits for the stream.
+
+A state from before compaction, whose pattern is final, is taken by compacted adapters that have the
+ranks that it keeps.
 
 @param bytes Host memory; not trusted: length, version, checksum and every value are checked.
 @return `ADALORA_ERROR_CORRUPT_DATA` for damaged bytes; `ADALORA_ERROR_INVALID_ARGUMENT` for a state

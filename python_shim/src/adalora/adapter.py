@@ -52,8 +52,8 @@ class Adapter(NativeObject):
         context: what computes.
         in_features: input features of the whole layer.
         out_features: output features of the whole layer.
-        init_r: rank at creation, 0 or more. It stays the divisor of the scaling when triplets are masked.
-        lora_alpha: numerator of the scaling; 0 stands for `init_r`.
+        init_r: rank, 0 or more. It stays the divisor of the scaling when triplets are masked.
+        lora_alpha: numerator of the scaling; 0 stands for `ranknum`.
         lora_dropout: probability with which an element of the adapter's input is dropped, in [0, 1).
         dtype: element type of A, E and B as the forward pass reads them: a NumPy type or its name, or "bfloat16".
         activation_dtype: element type of x, y, dx and dy; None: as `dtype`.
@@ -63,6 +63,8 @@ class Adapter(NativeObject):
         in_begin: first of them.
         out_local: rows of B in this tensor-parallel process; 0: all.
         out_begin: first of them.
+        ranknum: rank at creation, the divisor of the scaling, where the adapter is compacted (see `Allocator.compact`);
+            0: `init_r`.
 
     """
 
@@ -82,10 +84,12 @@ class Adapter(NativeObject):
         in_begin: int = 0,
         out_local: int = 0,
         out_begin: int = 0,
+        ranknum: int = 0,
     ) -> None:
         self.library = context.library
         self.in_features, self.out_features, self.init_r = in_features, out_features, init_r
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
+        self.ranknum = ranknum or init_r
         self.in_local, self.out_local = in_local or in_features, out_local or out_features
         self.param_dtype = dtype_code(dtype)
         self.activation_dtype = (
@@ -105,6 +109,7 @@ class Adapter(NativeObject):
             in_begin=in_begin,
             out_local=out_local,
             out_begin=out_begin,
+            ranknum=ranknum,
         )
         pointer = ctypes.POINTER(c.adalora_adapter_t)()
         self.library.adalora_adapter_create(context.handle.pointer, ctypes.byref(desc), ctypes.byref(pointer))
@@ -112,8 +117,8 @@ class Adapter(NativeObject):
 
     @property
     def scaling(self) -> float:
-        """Multiplier of the adapter's output: `(lora_alpha or init_r) / (init_r + 1e-5)`."""
-        return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + 1e-5)
+        """Multiplier of the adapter's output: `(lora_alpha or ranknum) / (ranknum + 1e-5)`."""
+        return (self.lora_alpha if self.lora_alpha > 0 else self.ranknum) / (self.ranknum + 1e-5)
 
     @property
     def compute_dtype(self) -> int:

@@ -593,6 +593,30 @@ class Allocator(NativeObject):
         handle = self.handle
         self.library.adalora_allocator_reset(handle.pointer, stream)
 
+    def compact(self, compacted: Allocator, *, stream: int | None = None) -> None:
+        """Hand the run over to an allocator of the triplets that are kept alone, after the last mask.
+
+        From then on all costs what those triplets cost, and penalty and norm cover them alone.
+
+        >>> ranks = allocator.read().ranks
+        >>> smaller = [
+        ...     Adapter(context, a.in_features, a.out_features, r, lora_alpha=a.lora_alpha, ranknum=a.ranknum)
+        ...     for a, r in zip(adapters, ranks)
+        ... ]
+        >>> compacted = Allocator(context, smaller, **schedule)
+        >>> training = compacted.bind_all([a.zeros() for a in smaller], hyper=hyper)
+        >>> allocator.compact(compacted)
+
+        Args:
+            compacted: of the same context and schedule, over adapters with the ranks of `read` and the `ranknum` of
+                their predecessors, and bound; receives what is kept of parameters, gradients and averages, of moments
+                where both have them, and clocks and counters. What does not fit is an error that changes nothing.
+            stream: CUDA stream.
+
+        """
+        own, other = self.handle, compacted.handle
+        self.library.adalora_allocator_compact_sync(own.pointer, other.pointer, stream)
+
     def _scores(self, scores: Array | None) -> int | None:
         return None if scores is None else as_values(scores, "scores", dtype=np.float64, size=self.total_rank)
 
@@ -664,7 +688,10 @@ class Allocator(NativeObject):
         return data.raw[: size.value]
 
     def load_state(self, data: bytes, *, stream: int | None = None) -> None:
-        """Read what `save_state` wrote into the bound state; damaged bytes are refused."""
+        """Read what `save_state` wrote into the bound state; damaged bytes are refused.
+
+        Compacted adapters take a state from before compaction, whose pattern is final and keeps their ranks.
+        """
         handle = self.handle
         self.library.adalora_allocator_load_state_sync(handle.pointer, data, len(data), stream)
 

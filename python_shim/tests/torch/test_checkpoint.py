@@ -278,10 +278,11 @@ def test_we_load_what_peft_cut(tmp_path, x):
     theirs.save_pretrained(tmp_path)
     cut = load_file(tmp_path / ADAPTER)
     assert sum(value.shape[0] for key, value in cut.items() if "lora_E" in key) < 12
-    model = load_adapter(base(), tmp_path)
+    model = load_adapter(base(), tmp_path, is_trainable=True).eval()
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load_in_peft(base(), tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
-    pattern = model.adalora_config["default"].rank_pattern
+    assert model.adalora_config["default"].rank_pattern is None
+    pattern = json.loads((tmp_path / CONFIG).read_text())["rank_pattern"]
     for path, layer in named_adapters(model).items():
         kept = torch.tensor(pattern[f"{path}.lora_E"])
         A, E, B = layer.triplets("default")
@@ -290,6 +291,15 @@ def test_we_load_what_peft_cut(tmp_path, x):
         assert torch.equal(E[kept], cut[f"base_model.model.{path}.lora_E"])
         assert torch.equal(B[:, kept], cut[f"base_model.model.{path}.lora_B"])
         assert not A[~kept].any() and not E[~kept].any() and not B[:, ~kept].any()
+
+    # To compute with, it has the triplets of the file alone, as under PEFT.
+    smaller = load_adapter(base(), tmp_path)
+    torch.testing.assert_close(smaller(x), model(x))
+    assert smaller.adalora_config["default"].rank_pattern == pattern
+    for path, layer in named_adapters(smaller).items():
+        assert layer.ranknum["default"] == 4
+        for name, p in zip("AEB", layer.triplets("default"), strict=True):
+            assert torch.equal(p, cut[f"base_model.model.{path}.lora_{name}"])
 
     # Saved again by us, it is as large, or whole and without a pattern.
     patterns = {path: pattern[f"{path}.lora_E"] for path in named_adapters(model)}

@@ -88,13 +88,14 @@ fn descriptor(g: &Geometry, c: &mut Choices) -> AdapterDesc {
         in_begin: g.in_begin,
         out_local: explicit(g.output, g.out_local, c),
         out_begin: g.out_begin,
+        ranknum: c.pick(&[0, g.rank]),
     }
 }
 
 /// Makes one field of the geometry wrong.
 fn spoil_geometry(d: &mut AdapterDesc, g: &Geometry, w: &mut Choices) -> &'static str {
     let features = [0, -1, (1 << 34) + 1, i64::MAX, i64::MIN];
-    match w.below(13) {
+    match w.below(14) {
         0 => {
             d.in_features = w.pick(&features);
             "desc.in_features"
@@ -141,6 +142,10 @@ fn spoil_geometry(d: &mut AdapterDesc, g: &Geometry, w: &mut Choices) -> &'stati
             "desc.in_begin"
         }
         11 => {
+            d.ranknum = w.pick(&[-1, i64::MIN, i64::MAX, if g.rank > 1 { g.rank - 1 } else { -1 }]);
+            "desc.ranknum"
+        }
+        12 => {
             d.out_local = w.pick(&[g.output + 1, -1, i64::MIN]);
             "desc.out_local"
         }

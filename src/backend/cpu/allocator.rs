@@ -9,6 +9,7 @@ use super::simd::{Isa, Real};
 use super::update::{Update, sum_of_squares};
 use crate::adapter::ALIGNMENT;
 use crate::allocator::binding::Slice;
+use crate::allocator::compaction::Compacted;
 use crate::allocator::importance::{Smoothing, finite, score};
 use crate::allocator::panels::Panel;
 use crate::allocator::state::{HAS_PATTERN, Header, IS_FINAL, MAGIC, State, digest};
@@ -165,8 +166,8 @@ impl CpuAllocator {
     }
 
     fn fresh(&mut self) {
-        let model = self.binding.model.digest;
-        *self.header_mut() = Header { magic: MAGIC, model, ..Header::default() };
+        let (model, flags) = (self.binding.model.digest, self.binding.model.fresh_flags());
+        *self.header_mut() = Header { magic: MAGIC, model, flags, ..Header::default() };
         self.clocks_mut().fill(0);
         self.pattern_mut().fill(1);
     }
@@ -684,6 +685,26 @@ impl BoundAllocator for CpuAllocator {
         }
         self.mask();
         Ok(())
+    }
+
+    fn gather(&self, pattern: &[u8], pairs: &[Compacted], _: Stream) -> Result<()> {
+        let model = &self.binding.model;
+        self.host.team.run(pairs.len(), self.parallel, "the compacted run's arrays are", |i, _| {
+            let slice = pairs[i].from;
+            let (geometry, kept) = (&model.geometries[slice.adapter], &pattern[model.range(slice.adapter)]);
+            for (_, from, to, dtype) in pairs[i].arrays() {
+                let (from, mut to) = (pointer::<u8>(from), pointer::<u8>(to));
+                for element in (slice.begin..slice.end).filter(|e| kept[slice.factor.triplet(*e, geometry)] != 0) {
+                    // SAFETY: elements of two arrays that do not overlap; the second has room for what is kept, and is
+                    // one task's.
+                    unsafe {
+                        let size = dtype.size();
+                        to.copy_from_nonoverlapping(from.add((element - slice.begin) * size), size);
+                        to = to.add(size);
+                    }
+                }
+            }
+        })
     }
 
     fn read_sync(&self, _: Stream) -> Result<State> {

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any, Protocol
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
 
 from ..adapter import Adapter
 from ..allocator import Allocator, Budget, Hyper, Slice, Standing, StepValues
 from ..context import Context
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
+from .compaction import compacted_pattern, cut, cut_states, keep_pattern, shrink
+from .config import AdaLoraConfig
 from .distributed import ShardedPenalty, Sharding, flatten_gradients, is_dtensor, local, whole
 from .functional import _stream, context, native_adapter, once_differentiable
 from .model import get_config, named_adapters
@@ -128,6 +135,13 @@ class RankAllocator:
         self._sharding: Sharding | None = None
         self._seen: list[nn.Parameter] = []
         self._bound_moments, self._bound_hypers = self.moments, self.hypers
+        # Which of the initial triplets are there, for each layer, once the others were taken out.
+        self._compacted: list[list[bool]] | None = None
+        pattern = compacted_pattern(config, self.layers) if isinstance(config, AdaLoraConfig) else None
+        if pattern is not None:
+            self._compacted = list(pattern.values())
+        # Those whose state compaction shrinks without being told.
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._make(self.parameters())
         self.optimizer_steps = OptimizerSteps(self.parameters)
         """Whether the optimisers' steps and the allocator's go together."""
@@ -230,16 +244,22 @@ class RankAllocator:
         return self._native.budget(step)
 
     def standing(self) -> Standing:
-        """Pattern, ranks, clocks and counters."""
-        self.place()
-        return self._native.read(stream=self._stream)
+        """Pattern (of the initial triplets, after `compact` too), ranks, clocks and counters."""
+        standing = self._native_standing()
+        pattern = self._initial_pattern([kept.tolist() for kept in standing.pattern])
+        return replace(standing, pattern=[np.array(kept, np.bool_) for kept in pattern])
+
+    @property
+    def initial_ranks(self) -> list[int]:
+        """For each layer, its rank at creation."""
+        return self._native.ranks if self._compacted is None else [len(there) for there in self._compacted]
 
     def ranks(self) -> dict[str, int]:
         """For each layer, how many triplets are kept."""
         return dict(zip(self.layers, self.standing().ranks, strict=True))
 
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """For each layer, which triplets are kept."""
+        """For each layer, which of its initial triplets are kept."""
         return {path: kept.tolist() for path, kept in zip(self.layers, self.standing().pattern, strict=True)}
 
     def scores(self) -> dict[str, Tensor]:
@@ -255,16 +275,23 @@ class RankAllocator:
         """Set which triplets are kept; E of the others becomes 0.
 
         Args:
-            pattern: for each layer, as `rank_pattern` returns it.
+            pattern: for each layer, as `rank_pattern` returns it; after `compact`, of what was kept then.
             final: whether the pattern is final from now on; a later mask may otherwise choose anew.
 
         """
         _check_keys("pattern", pattern, self.layers)
-        for path, layer in self.layers.items():
-            r = layer.lora_E[self.adapter_name].shape[0]
-            if len(pattern[path]) != r:
-                raise InvalidArgumentError(f"pattern[{path!r}]: expected {r} flags, found {len(pattern[path])}")
-        flags = [bool(kept) for path in self.layers for kept in pattern[path]]
+        there = [[True] * r for r in self.initial_ranks] if self._compacted is None else self._compacted
+        flags = []
+        for path, own in zip(self.layers, there, strict=True):
+            given = [bool(kept) for kept in pattern[path]]
+            if len(given) != len(own):
+                raise InvalidArgumentError(f"pattern[{path!r}]: expected {len(own)} flags, found {len(given)}")
+            gone = [k for k, (kept, is_there) in enumerate(zip(given, own, strict=True)) if kept and not is_there]
+            if gone:
+                raise InvalidArgumentError(
+                    f"pattern[{path!r}][{gone[0]}]: expected False for a triplet that compact took out, found True"
+                )
+            flags += [kept for kept, is_there in zip(given, own, strict=True) if is_there]
         self.place()
         self._native.set_pattern(
             torch.tensor(flags, dtype=torch.bool, device=self._step.device), final=final, stream=self._stream
@@ -278,8 +305,51 @@ class RankAllocator:
         self._native.finalize(None if self._sharding is None else self._reduced_scores(), stream=self._stream)
         increment_version(self.parameters()[1::3])
 
+    @torch.no_grad()
+    def compact(self, *optimizers: Optimizer) -> None:
+        """Take the masked triplets out of parameters, gradients and optimisers' states, once the last mask was taken.
+
+        What the model computes stays the same to rounding, and costs what the ranks that are left cost; the penalty and
+        the gradients' norm cover these alone from now on. `ranks`, `rank_pattern`, budget and scaling stay.
+        `save_adapter` then leaves out what was taken out, as PEFT does, and `load_training_state` compacts a model that
+        was not compacted yet.
+
+        Parameters stay the same objects, so that optimisers, schedulers and hooks go on. What knows their shapes from
+        before is to be made anew: `DistributedDataParallel`, `flatten_gradients`, averages of the weights.
+
+        Args:
+            optimizers: all that hold the adapters' parameters; `adalora.torch.AdamW` need not be named. Their states'
+                tensors have a parameter's shape or one element.
+
+        Raises:
+            InvalidStateError: the last mask was not taken yet: `finalize` takes it. Nothing was changed.
+            InvalidArgumentError: an optimiser that has made steps with the parameters is missing. Nothing was changed.
+            UnsupportedError: an optimiser's state has tensors of other shapes, or parameters are sharded. Nothing was
+                changed.
+
+        """
+        self._refuse_shards("compact")
+        standing = self._native_standing()
+        if not standing.is_final:
+            raise InvalidStateError(
+                "compact: expected a final pattern, found one that may still change: call it after the last mask, at "
+                f"step {self.config.total_step - self.config.tfinal}, or after finalize"
+            )
+        states = [optimizer.state for optimizer in (*optimizers, *self._optimizers)]
+        for optimizer in self.optimizer_steps.optimizers:
+            if not any(optimizer.state is state for state in states):
+                raise InvalidArgumentError(
+                    "optimizers: expected all that hold the adapters' parameters, found none that is the "
+                    f"{type(optimizer).__name__} that made steps with them"
+                )
+        kept = [pattern.tolist() for pattern in standing.pattern]
+        self._shrink(kept, self._native.save_state(stream=self._stream), optimizers)
+
     def reset(self) -> None:
-        """Begin a new run: pattern, clocks, averages and AdamW's moments as at the start; parameters stay."""
+        """Begin a new run: pattern, clocks, averages and AdamW's moments as at the start; parameters stay.
+
+        After `compact`, the pattern stays final.
+        """
         self.place()
         self._native.reset(stream=self._stream)
         self.optimizer_steps.forget()
@@ -293,7 +363,8 @@ class RankAllocator:
         """What a run needs beside parameters and the optimiser's state to go on bit for bit.
 
         The averages `exp_avg_ipt.<path>.A` and so on are the allocator's own tensors, sharded as the parameters are;
-        `state` holds pattern, clocks and counters as bytes. The schedule is not in it: it is the configuration's.
+        `state` holds pattern, clocks and counters as bytes. The schedule is not in it: it is the configuration's. After
+        `compact`, `rank_pattern` holds which of the initial triplets there are, layer by layer.
         """
         self.place()
         averages, params, sharding = zip(*self._averages, strict=True), self.parameters(), self._sharding
@@ -304,17 +375,29 @@ class RankAllocator:
         }
         saved = self._native.save_state(stream=self._stream)
         saved = torch.frombuffer(bytearray(saved), dtype=torch.uint8)
-        return {**state, "state": saved, "budget_unit": torch.tensor(_UNITS.index(self.budget_unit))}
+        state |= {"state": saved, "budget_unit": torch.tensor(_UNITS.index(self.budget_unit))}
+        if self._compacted is not None:
+            state["rank_pattern"] = torch.tensor(list(chain.from_iterable(self._compacted)), dtype=torch.bool)
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing.
 
+        The state of a compacted run compacts the model, where that has not happened.
+
         Args:
             state_dict: sharded as the parameters are, or whole, however they are.
 
         """
-        own = self.state_dict()
+        own, kept = self.state_dict(), self._loaded_pattern(state_dict)
+        if kept is not None:
+            self._refuse_shards("load_state_dict: of a compacted run")
+            # As if it had been compacted.
+            own["rank_pattern"] = state_dict["rank_pattern"]
+            for k, name in enumerate(self.names):
+                for average in _AVERAGES:
+                    own[f"{average}.{name}"] = cut(own[f"{average}.{name}"], name[-1], kept[k // 3])
         _check_keys("state_dict", state_dict, own)
         if state_dict["budget_unit"].item() != own.pop("budget_unit").item():
             raise InvalidArgumentError(
@@ -327,10 +410,16 @@ class RankAllocator:
                     f"{name}: expected shape {list(tensor.shape)}, found {list(state_dict[name].shape)}"
                 )
         part = whole if self._sharding is None else self._sharding.part
-        parts = {name: part(state_dict[name]) for name in own}
-        self._native.load_state(state_dict["state"].cpu().numpy().tobytes(), stream=self._stream)
-        for name, tensor in own.items():
-            local(tensor).copy_(parts[name])
+        state = state_dict["state"].cpu().numpy().tobytes()
+        if kept is None:
+            parts = {name: part(state_dict[name]) for name in own}
+            self._native.load_state(state, stream=self._stream)
+        else:
+            parts = {name: whole(state_dict[name]) for name in own}
+            self._shrink(kept, state)
+        for average, tensors in zip(_AVERAGES, zip(*self._averages, strict=True), strict=True):
+            for name, tensor in zip(self.names, tensors, strict=True):
+                tensor.copy_(parts[f"{average}.{name}"])
         self.optimizer_steps.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -340,6 +429,10 @@ class RankAllocator:
         )
 
     # For AdamW
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Know an optimiser whose state `compact` has to shrink."""
+        self._optimizers.add(optimizer)
 
     def use_moments(self, moments: list[tuple[Tensor, Tensor, int]], steps: Sequence[int]) -> None:
         """Let AdamW's state be what the next steps work on.
@@ -444,7 +537,8 @@ class RankAllocator:
                 found = ", ".join(sorted(map(str, dtypes)))
                 raise InvalidArgumentError(f"{path}: expected A, E and B of one type, found {found}")
             A, _, B = params[3 * k : 3 * k + 3]
-            adapters.append(native_adapter(on, A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype))
+            ranknum = A.shape[0] if self._compacted is None else len(self._compacted[k])
+            adapters.append(native_adapter(on, A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype, ranknum=ranknum))
         self._native = self._native_allocator(on, adapters)
         self._sharded_penalty: ShardedPenalty | None = None
         self._no_scores = torch.zeros(self._native.total_rank, dtype=torch.float64, device=device)
@@ -576,6 +670,70 @@ class RankAllocator:
         if self._carried is not None:
             self._native.load_state(self._carried, stream=self._stream)
             self._carried = None
+
+    # Compaction
+
+    def _refuse_shards(self, call: str) -> None:
+        if self._sharding is not None:
+            raise UnsupportedError(f"{call}: expected whole parameters, found sharded ones: call it before fully_shard")
+
+    def _native_standing(self) -> Standing:
+        self.place()
+        return self._native.read(stream=self._stream)
+
+    def _initial_pattern(self, kept: list[list[bool]]) -> list[list[bool]]:
+        """Which of the initial triplets are kept, from which are kept of those that are there."""
+        if self._compacted is None:
+            return kept
+        rest = [iter(flags) for flags in kept]
+        return [
+            [is_there and next(flags) for is_there in there] for there, flags in zip(self._compacted, rest, strict=True)
+        ]
+
+    def _loaded_pattern(self, state_dict: Mapping[str, Tensor]) -> list[list[bool]] | None:
+        """What a state to be loaded keeps of the triplets; None: what is there, as it is."""
+        found = state_dict.get("rank_pattern")
+        if self._compacted is not None:
+            own = list(chain.from_iterable(self._compacted))
+            if found is None or found.tolist() != own:
+                what = "one that was not compacted" if found is None else "one that kept other triplets"
+                raise InvalidArgumentError(
+                    f"rank_pattern: expected the state of a run compacted to the model's triplets, found {what}"
+                )
+            return None
+        if found is None:
+            return None
+        ranks = self._native.ranks
+        if found.dtype != torch.bool or found.shape != (sum(ranks),):
+            raise InvalidArgumentError(
+                f"rank_pattern: expected {sum(ranks)} flags, found {found.dtype} of shape {list(found.shape)}"
+            )
+        return [flags.tolist() for flags in found.split(ranks)]
+
+    def _shrink(self, kept: list[list[bool]], state: bytes, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Go on with some of the triplets alone, from a native state; where it fails, nothing is changed."""
+        params = self.parameters()
+        of = lambda tensor, k: cut(tensor, self.names[k][-1], kept[k // 3])  # noqa: E731
+        smaller = [of(p.detach(), k) for k, p in enumerate(params)]
+        grads = [None if p.grad is None else of(p.grad, k) for k, p in enumerate(params)]
+        known = {id(optimizer.state): optimizer for optimizer in (*optimizers, *self._optimizers)}
+        puts = [cut_states(optimizer, params, self.names, kept) for optimizer in known.values()]
+        before = dict(self.__dict__)
+        try:
+            self._compacted, self._averages = self._initial_pattern(kept), []
+            self._make(smaller)
+            self._carried = state
+            self._bind(smaller, [torch.zeros_like(p) for p in smaller])
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        for put in puts:
+            put()
+        for p, values, grad in zip(params, smaller, grads, strict=True):
+            shrink(p, values, grad)
+        increment_version(params)
+        if isinstance(self.config, AdaLoraConfig):
+            keep_pattern(self.config, dict(zip(self.layers, self._compacted, strict=True)))
 
     def _penalty(self, weight: float | None, factor: Tensor | None) -> Tensor:
         weight = self.config.orth_reg_weight if weight is None else weight

@@ -23,6 +23,7 @@ from .. import checkpoint as files
 from ..arrays import Triplets
 from ..checkpoint import Checkpoint, SavedAdapter, TensorInfo
 from ..errors import CorruptDataError, InvalidArgumentError, InvalidStateError
+from .compaction import compacted_pattern, cut, keep_pattern, shrink
 from .config import TASK_HEADS, AdaLoraConfig
 from .convolution import SVDConv1d, SVDConv2d
 from .distributed import copy_whole, fsdp_modules, gather_objects, in_first_process, is_dtensor, spread_state, whole
@@ -50,7 +51,8 @@ def save_adapter(
     """Save an adapter, and what is trained beside it, as PEFT does: `PeftModel.from_pretrained` loads the folder.
 
     Tensors are saved as they are, masked triplets too, and `rank_pattern` is null: what is saved is what ran, and a run
-    may go on from it. Once the ranks are fixed, `rank_pattern` makes the files smaller.
+    may go on from it. Once the ranks are fixed, `rank_pattern` makes the files smaller. An adapter that
+    `RankAllocator.compact` made smaller has its own pattern, and a run goes on from it, too.
 
     Files are replaced together or not at all. Of a model that `fully_shard` has sharded, all processes make the call,
     and the first one writes.
@@ -65,12 +67,15 @@ def save_adapter(
     """
     config = get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
+    own = compacted_pattern(config, layers)
+    if own is not None and rank_pattern is not None and own != {p: list(kept) for p, kept in rank_pattern.items()}:
+        raise InvalidArgumentError("rank_pattern: expected that of the compacted adapter, or None, found another")
     _save(
         files.save,
         folder,
         bool(fsdp_modules(model)),
         config=config.to_dict(),
-        adapters=_saved_adapters(layers, adapter_name, rank_pattern),
+        adapters=_saved_adapters(layers, adapter_name, rank_pattern if own is None else own),
         tensors={key: _plain(tensor, key) for key, tensor in _tensors_beside(model, config, layers).items()},
     )
 
@@ -93,7 +98,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     """
     config = get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
-    adapters = _saved_adapters(layers, adapter_name, None)
+    adapters = _saved_adapters(layers, adapter_name, compacted_pattern(config, layers))
     _save(
         files.export_lora,
         folder,
@@ -153,8 +158,12 @@ def load_adapter(
 
     Where the model does not have the adapter, it is put on as `adapt` does. Otherwise values are copied into the
     parameters that are there, whatever their device and type of element, and the adapter's configuration stays.
-    Triplets that PEFT left out, by the file's `rank_pattern`, are zero. To go on with a run, `load_training_state`
-    comes next; without it a new `RankAllocator` begins with all triplets, unless `set_rank_pattern` says which to keep.
+
+    Triplets that the file's `rank_pattern` leaves out are not there in a new adapter without `is_trainable`, as if
+    `RankAllocator.compact` had taken them out; a compacted adapter that is there takes files with its own pattern
+    alone. Otherwise they are zero. To go on with a run, `load_training_state` comes next, which takes them out where
+    the run was compacted; without it a new `RankAllocator` begins with all triplets, unless `set_rank_pattern` says
+    which to keep.
 
     Args:
         model: any module; it is changed in place.
@@ -185,10 +194,16 @@ def load_adapter(
             _check_present(layers, get_config(model, adapter_name), config, adapter_name, is_trainable)
 
         expected = {key: (tuple(t.shape), t.dtype) for key, t in _tensors_beside(model, config, layers).items()}
+        kept = _kept(checkpoint)
+        if is_new:
+            compacted = kept is not None and not is_trainable
+        else:
+            compacted = _check_compacted(get_config(model, adapter_name), layers, kept, Path(folder) / CONFIG_FILE)
         for path, layer in layers.items():
-            shapes = _shapes(config.init_r, layer.in_features, layer.out_features)
+            r = sum(kept[path]) if compacted and path in kept else config.init_r
+            shapes = _shapes(r, layer.in_features, layer.out_features)
             expected |= {f"{_PREFIX}{path}.lora_{name}": (shape, torch.float32) for name, shape in shapes.items()}
-        found = _found(checkpoint)
+        found = _found(checkpoint, compacted)
         if config.bias == "all":
             _drop_doubles(found, saved_modules(model, config))
         _check_tensors(found, expected, Path(folder) / ADAPTER_FILE)
@@ -200,6 +215,9 @@ def load_adapter(
     if is_new:
         adapt(model, config, adapter_name)
         layers = named_adapters(model, adapter_name)
+        if compacted:
+            _take_out(layers, adapter_name, kept)
+            keep_pattern(get_config(model, adapter_name), kept)
     targets = _adapter_tensors(layers, adapter_name) | _tensors_beside(model, config, layers)
     with torch.no_grad():
         for key, target in targets.items():
@@ -211,11 +229,39 @@ def _shapes(r: int, in_features: int, out_features: int) -> dict[str, tuple[int,
     return {"A": (r, in_features), "E": (r, 1), "B": (out_features, r)}
 
 
-def _found(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of all tensors, as they are once masked triplets are back in their places."""
+def _kept(checkpoint: Checkpoint) -> dict[str, list[bool]] | None:
+    """For each layer, which triplets the file has; None where it has no pattern."""
+    infos = checkpoint.adapters
+    if all(info.pattern is None for info in infos.values()):
+        return None
+    return {path: list(info.pattern or [True] * info.rank) for path, info in infos.items()}
+
+
+def _check_compacted(
+    present: AdaLoraConfig, layers: Collection[str], found: dict[str, list[bool]] | None, path: Path
+) -> bool:
+    """Whether the adapter that is there is compacted; then a file has to have the same triplets."""
+    expected = compacted_pattern(present, layers)
+    if expected is not None and found != expected:
+        raise InvalidArgumentError(
+            f"{path}: rank_pattern: expected the triplets that the compacted adapter in the model has, found "
+            f"{'null' if found is None else 'others'}"
+        )
+    return expected is not None
+
+
+def _take_out(layers: Mapping[str, SVDLayer], adapter_name: str, kept: Mapping[str, list[bool]]) -> None:
+    """Leave an adapter as many triplets as a file has, whatever their values."""
+    for path, layer in layers.items():
+        for matrix, p in zip("AEB", layer.triplets(adapter_name), strict=True):
+            shrink(p, cut(p.detach(), matrix, kept[path]), None)
+
+
+def _found(checkpoint: Checkpoint, compacted: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of all tensors, as they are in the file, or once masked triplets are back in their places."""
     found = {key: (info.shape, _dtype(info)) for key, info in checkpoint.tensors.items()}
     for path, info in checkpoint.adapters.items():
-        shapes = _shapes(info.rank, info.in_features, info.out_features)
+        shapes = _shapes(info.kept if compacted else info.rank, info.in_features, info.out_features)
         for (name, shape), dtype in zip(shapes.items(), info.dtypes, strict=True):
             found[f"{_PREFIX}{path}.lora_{name}"] = shape, getattr(torch, dtype)
     return found

@@ -74,8 +74,8 @@ class AdaLoraConfig:
         total_step: number of the optimiser's steps (not of micro-batches) in the run; a shorter one ends above the
             target, unless `RankAllocator.finalize` is called. None where a trainer's callback is to set it: a
             `RankAllocator` needs it, and PEFT does not read a configuration without it.
-        rank_pattern: which triplets of each layer PEFT kept in a file, as a list of bool by the name of its `lora_E`.
-            Read when an adapter is loaded, else not used: `RankAllocator.rank_pattern` has a run's.
+        rank_pattern: which of its `init_r` triplets each layer has, as a list of bool by the name of its `lora_E`, in
+            a file and where `RankAllocator.compact` took the others out; None: all. `adapt` does not look at it.
         target_modules: which modules: a list of names, each a whole path or its end from a dot on; a regular expression
             for whole paths; or "all-linear". None: what is usual for `model.config.model_type`.
         exclude_modules: modules that are not adapted although they are targeted: names or a regular expression.

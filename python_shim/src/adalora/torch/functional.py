@@ -84,6 +84,7 @@ def native_adapter(
     *,
     lora_dropout: float = 0.0,
     place: int = 0,
+    ranknum: int = 0,
 ) -> Adapter:
     """The native object for a geometry, one for all layers that have it.
 
@@ -91,11 +92,12 @@ def native_adapter(
         on: what computes.
         in_features: input features.
         out_features: output features.
-        r: rank at creation.
+        r: rank.
         dtype: element type of the triplets.
         activation_dtype: element type of x and y.
         lora_dropout: probability of dropping an element of x.
         place: position in a call, which takes each native object once.
+        ranknum: rank at creation, where the adapter was compacted; 0: `r`.
 
     """
     return Adapter(
@@ -106,6 +108,7 @@ def native_adapter(
         lora_dropout=lora_dropout,
         dtype=NAMES[DTYPES[dtype]],
         activation_dtype=NAMES[DTYPES[activation_dtype]],
+        ranknum=ranknum,
     )
 
 

@@ -346,9 +346,7 @@ class SVDLayer(nn.Module):
 
     def _native(self, adapter_name: str) -> Any:
         A = self.lora_A[adapter_name]
-        return native_adapter(
-            context(A.device), self.in_features, self.out_features, self.ranknum[adapter_name], A.dtype, A.dtype
-        )
+        return native_adapter(context(A.device), self.in_features, self.out_features, A.shape[0], A.dtype, A.dtype)
 
     def _contiguous(self, adapter_name: str) -> Triplets:
         return Triplets(*(p.detach().contiguous() for p in self.triplets(adapter_name)))
@@ -356,8 +354,8 @@ class SVDLayer(nn.Module):
     def extra_repr(self) -> str:
         """Each adapter with its rank, scaling and dropout."""
         return ", ".join(
-            f"{name}(r={r}, scaling={self.scaling(name):.4g}, lora_dropout={self.lora_dropout[name]})"
-            for name, r in self.ranknum.items()
+            f"{name}(r={A.shape[0]}, scaling={self.scaling(name):.4g}, lora_dropout={self.lora_dropout[name]})"
+            for name, A in self.lora_A.items()
         )
 
 

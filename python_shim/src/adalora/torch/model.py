@@ -77,6 +77,7 @@ def adapt(
             f"model: expected one without PEFT's adapters, found one at {wrapped_by_peft[0]}: unload it first"
         )
     config = copy.deepcopy(config)
+    config.rank_pattern = None
     targets = matching_modules(model, config)
     beside = saved_modules(model, config)
     if configs and (beside or config.bias != "none"):

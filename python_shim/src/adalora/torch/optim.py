@@ -59,6 +59,7 @@ class AdamW(torch.optim.AdamW):
         if not isinstance(allocator, RankAllocator):
             raise InvalidArgumentError(f"allocator: expected a RankAllocator, found {type(allocator).__name__}")
         self.allocator = allocator
+        allocator.attach(self)
         self.global_step = 0
         """Number of the next step, by which the schedule goes."""
         # The norm of the last clip_grad_norm_, and what it may be.

@@ -53,6 +53,11 @@ class OptimizerSteps:
         self._calls = 0
         self._found_inf: Tensor | None = None
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that hold the parameters and have begun a step."""
+        return list(self._steps)
+
     def watch(self, optimizer: Optimizer) -> bool:
         """Know an optimiser before its first step, which may be left out. Whether it holds the parameters."""
         if optimizer in self._steps:
