@@ -246,7 +246,7 @@ class Adapter {
   /// The handle for the C interface, such as `Call::adapter`; it stays this object's.
   adalora_adapter_t* get() const noexcept { return handle_.get(); }
 
-  /// Triplets at creation.
+  /// Triplets.
   std::int64_t rank() const noexcept { return rank_; }
 
   /// With E zero the model computes at first what its base computes.
@@ -360,7 +360,7 @@ class Allocator {
   /// The handle for the C interface, which stays this object's.
   adalora_allocator_t* get() const noexcept { return handle_.get(); }
 
-  /// Triplets of all adapters at creation: elements of a pattern, and of the scores.
+  /// Triplets of all adapters: elements of a pattern, and of the scores.
   std::int64_t total_rank() const noexcept { return total_rank_; }
 
   AllocatorSizes sizes(std::int64_t n_slices) const {
@@ -447,6 +447,11 @@ class Allocator {
   /// the host.
   void set_adam_steps_sync(const std::int64_t* adam_steps, void* stream = nullptr) {
     check(adalora_allocator_set_adam_steps_sync(get(), adam_steps, stream));
+  }
+
+  /// Hands the run over to `compacted`: bound, over adapters of the ranks that are left.
+  void compact_sync(Allocator& compacted, void* stream = nullptr) const {
+    check(adalora_allocator_compact_sync(get(), compacted.get(), stream));
   }
 
   std::vector<std::byte> save_state_sync(void* stream = nullptr) const {

@@ -1,5 +1,6 @@
 // Whole runs: against the oracle's, in separate calls, resumed at every step, sharded over two processes.
 
+#include <cstring>
 #include <numeric>
 
 #include "operations.hpp"
@@ -350,6 +351,169 @@ void writes_what_it_owns(Backend& backend, ModelCase c) {
   expect_owned(untouched, model, others, 0);
 }
 
+// What is kept of each matrix.
+Contents kept_of(const Contents& all, const std::vector<uint8_t>& stays) {
+  Contents kept;
+  size_t first = 0;
+  for (const auto& q : all) {
+    const auto stays_here = [&](int64_t i) { return stays[first + static_cast<size_t>(i)] != 0; };
+    oracle::Triplets<double> to;
+    for (int64_t i = 0; i < q.rank(); ++i)
+      if (stays_here(i)) to.E.values.push_back(q.E(0, i));
+    const auto rank = static_cast<int64_t>(to.E.values.size());
+    to.E = {1, rank, to.E.values};
+    to.A = {rank, q.A.columns};
+    to.B = {q.B.rows, rank};
+    for (int64_t i = 0, k = 0; i < q.rank(); ++i) {
+      if (!stays_here(i)) continue;
+      for (int64_t j = 0; j < q.A.columns; ++j) to.A(k, j) = q.A(i, j);
+      for (int64_t j = 0; j < q.B.rows; ++j) to.B(j, k) = q.B(j, i);
+      ++k;
+    }
+    first += static_cast<size_t>(q.rank());
+    kept.push_back(to);
+  }
+  return kept;
+}
+
+// The first adapter keeps nothing, the second some, the third everything.
+const std::vector<uint8_t> some_stay = {0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1, 1};
+
+ModelCase smaller(ModelCase c) {
+  const int64_t kept[] = {0, 2, 5};
+  for (size_t k = 0; k < c.layers.size(); ++k) {
+    c.ranknums.push_back(c.layers[k].rank);
+    c.layers[k].rank = kept[k];
+  }
+  return c;
+}
+
+void expect_kept(const Model& whole, const Model& compacted, double fraction) {
+  for (Tensor Part::* kind : {&Part::p, &Part::g, &Part::m, &Part::v, &Part::ipt, &Part::unc}) {
+    const Contents expected = kept_of(whole.contents(kind), some_stay), found = compacted.contents(kind);
+    for (size_t k = 0; k < found.size(); ++k)
+      for (int m : {0, 1, 2})
+        expect_near(std::string(1, "AEB"[m]) + std::to_string(k), expected[k][m], found[k][m], fraction);
+  }
+}
+
+void compacted(Backend& backend, const ModelCase& c, double fraction) {
+  Model whole(backend, backend.context(), c);
+  const std::vector<Event> events = eventful(c.schedule);
+  const auto last = static_cast<size_t>(c.schedule.end());
+  for (size_t i = 0; i <= last; ++i) {
+    give(whole, events[i]);
+    whole.step(events[i].step);
+  }
+  whole.set_pattern(some_stay, true);
+  Model compacted(backend, backend.context(), smaller(c), 99);
+  EXPECT_EQ(compacted.report().is_final, 1);
+  EXPECT_EQ(compacted.report().budget, whole.report().budget);
+  require(adalora_allocator_compact_sync(whole.allocator(), compacted.allocator(), backend.stream()));
+  expect_kept(whole, compacted, 0);
+  EXPECT_EQ(compacted.ranks(), whole.ranks());
+  EXPECT_EQ(compacted.pattern(), std::vector<uint8_t>(7, 1));
+  EXPECT_EQ(compacted.adam_steps(), whole.adam_steps());
+  const adalora_report_t before = whole.report(), after = compacted.report();
+  EXPECT_EQ(std::memcmp(&before, &after, sizeof before), 0);
+
+  // The state from before goes to compacted adapters as well.
+  Model resumed(backend, backend.context(), smaller(c), 99);
+  resumed.load(whole.save());
+  EXPECT_EQ(resumed.save(), compacted.save());
+
+  // AdamW works on each element by itself, so that the same gradients lead to the same parameters.
+  for (size_t i = last + 1; i < events.size(); ++i) {
+    give(whole, events[i]);
+    compacted.set_factor(events[i].factor);
+    for (size_t k = 0; k < c.layers.size(); ++k)
+      for (int m : {0, 1, 2})
+        compacted.part(k, m).g.set(kept_of(whole.contents(&Part::g), some_stay)[k][m]);
+    whole.step(events[i].step);
+    compacted.step(events[i].step);
+    expect_kept(whole, compacted, fraction);
+  }
+  EXPECT_EQ(compacted.report().last_step, whole.report().last_step);
+  require(adalora_allocator_reset(compacted.allocator(), backend.stream()));
+  EXPECT_EQ(compacted.report().is_final, 1);
+}
+
+// Each process hands over what it owns.
+void compacted_shares(Backend& backend, ModelCase c) {
+  c.whole = false;
+  for (bool second : {false, true}) {
+    Model share(backend, backend.context(), c), compacted(backend, backend.context(), smaller(c), 99);
+    share.bind(half(share, second, Split::E_replicated));
+    share.set_pattern(some_stay, true);
+    const std::vector<Owned> owned = half(compacted, second, Split::E_replicated);
+    compacted.bind(owned);
+    require(adalora_allocator_compact_sync(share.allocator(), compacted.allocator(), backend.stream()));
+    for (Tensor Part::* kind : {&Part::p, &Part::g}) {
+      const Contents expected = kept_of(share.contents(kind), some_stay), found = compacted.contents(kind);
+      for (const Owned& range : owned) {
+        const auto k = static_cast<size_t>(range.adapter);
+        for (auto i = static_cast<size_t>(range.begin); i < static_cast<size_t>(range.end); ++i)
+          EXPECT_EQ(found[k][range.matrix].values[i], expected[k][range.matrix].values[i]);
+      }
+    }
+    // E in halves is not what is kept of the same elements.
+    Model other(backend, backend.context(), smaller(c), 99);
+    other.bind(half(other, second, Split::halves));
+    EXPECT_EQ(adalora_allocator_compact_sync(share.allocator(), other.allocator(), backend.stream()),
+              ADALORA_ERROR_INVALID_ARGUMENT);
+  }
+}
+
+void compaction_refused(Backend& backend, const ModelCase& c) {
+  Model whole(backend, backend.context(), c), compacted(backend, backend.context(), smaller(c), 99);
+  const std::vector<Bytes> before = compacted.tensors();
+  const Bytes state = compacted.save();
+  const auto refused = [&](const adalora_allocator_t* from, adalora_allocator_t* to, adalora_status_t status,
+                           const std::string& words) {
+    EXPECT_EQ(adalora_allocator_compact_sync(from, to, backend.stream()), status);
+    EXPECT_NE(std::string(adalora_last_error()).find(words), std::string::npos) << adalora_last_error();
+  };
+  const adalora_status_t argument = ADALORA_ERROR_INVALID_ARGUMENT;
+  refused(whole.allocator(), compacted.allocator(), ADALORA_ERROR_INVALID_STATE, "allocator: found a pattern that may");
+  whole.set_pattern(some_stay, true);
+  refused(whole.allocator(), whole.allocator(), argument, "compacted: found the allocator itself");
+  refused(whole.allocator(), nullptr, ADALORA_ERROR_INVALID_HANDLE, "compacted");
+  ModelCase other = smaller(c);
+  other.layers[1].rank = 3;
+  Model more(backend, backend.context(), other);
+  refused(whole.allocator(), more.allocator(), argument, "compacted: found rank 3 of adapter 1");
+  other = smaller(c);
+  other.layers[1].in = 12;
+  Model narrow(backend, backend.context(), other);
+  refused(whole.allocator(), narrow.allocator(), argument, "compacted: adapters[1]: found 12 to 8 features");
+  other = smaller(c);
+  other.ranknums[0] = 9;
+  Model larger(backend, backend.context(), other);
+  refused(whole.allocator(), larger.allocator(), argument, "compacted: adapters[0]: found 7 to 5 features");
+  other = smaller(c);
+  other.layers.pop_back();
+  other.ranknums.pop_back();
+  Model fewer(backend, backend.context(), other);
+  refused(whole.allocator(), fewer.allocator(), argument, "compacted: found one of 2 adapters");
+  other = smaller(c);
+  other.whole = false;
+  Model unbound(backend, backend.context(), other);
+  refused(whole.allocator(), unbound.allocator(), ADALORA_ERROR_INVALID_STATE, "compacted: allocator: found no buffers");
+  EXPECT_EQ(compacted.tensors(), before);
+  EXPECT_EQ(compacted.save(), state);
+
+  // A state whose pattern may change, or keeps other ranks.
+  Model fresh(backend, backend.context(), c);
+  const Bytes open = fresh.save();
+  EXPECT_EQ(adalora_allocator_load_state_sync(compacted.allocator(), open.data(), open.size(), backend.stream()),
+            argument);
+  fresh.set_pattern(std::vector<uint8_t>(12, 1), true);
+  const Bytes all = fresh.save();
+  EXPECT_EQ(adalora_allocator_load_state_sync(compacted.allocator(), all.data(), all.size(), backend.stream()),
+            argument);
+  EXPECT_EQ(compacted.save(), state);
+}
+
 }  // namespace
 
 std::vector<Case> run_cases() {
@@ -394,6 +558,8 @@ std::vector<Case> run_cases() {
       rows.push_back({"resumed at every step", what, [c](Backend& b) { resumed(b, c); }});
       rows.push_back({"bound again at every step", what, [c](Backend& b) { bound_again(b, c); }});
       rows.push_back({"sharded writes what it owns", what, [c](Backend& b) { writes_what_it_owns(b, c); }});
+      rows.push_back({"compacted after the last mask", what,
+                      [=](Backend& b) { compacted(b, c, 32 * roundoff(master ? compute_type(param) : param)); }});
       const double fraction = 256 * roundoff(param);
       const std::pair<Split, std::string> splits[] = {{Split::halves, " in halves"},
                                                       {Split::E_replicated, " E replicated"},
@@ -403,6 +569,9 @@ std::vector<Case> run_cases() {
           rows.push_back({"sharded over two processes", what + name,
                           [=, split = split](Backend& b) { sharded(b, c, split, fraction); }});
     }
+  c = ModelCase{};
+  rows.push_back({"compacted after the last mask", "in shares", [c](Backend& b) { compacted_shares(b, c); }});
+  rows.push_back({"compacted after the last mask", "refusals", [c](Backend& b) { compaction_refused(b, c); }});
   return rows;
 }
 

@@ -67,6 +67,7 @@ Model::Model(Backend& backend, adalora_context_t* context, const ModelCase& c, u
     desc.out_features = layer.out;
     desc.rank = layer.rank;
     desc.param_dtype = desc.activation_dtype = c.param;
+    if (!c.ranknums.empty()) desc.ranknum = c.ranknums[adapters_.size()];
     adalora_adapter_t* adapter = nullptr;
     require(adalora_adapter_create(context, &desc, &adapter));
     adapters_.emplace_back(adapter);

@@ -17,6 +17,7 @@ struct LayerShape {
 
 struct ModelCase {
   std::vector<LayerShape> layers = {{7, 5, 4}, {13, 8, 3}, {6, 9, 5}};
+  std::vector<int64_t> ranknums = {};  // triplets at creation, of compacted adapters; empty: as many as there are
   adalora_dtype_t param = f64;
   adalora_dtype_t gradient = 0;  // 0: as param
   bool master = false;           // float32 parameters beside the half-precision ones
