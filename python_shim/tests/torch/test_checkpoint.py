@@ -530,7 +530,7 @@ def test_cpp_trainers_and_peft(tmp_path, library):
         f"adapter heads.{name} rank 6 kept 3" for name in ("narrow", "wide")
     ]
     numbers = [torch.tensor([float(v) for v in line.split()[1:]]) for line in printed if "adapter" not in line]
-    model = load_adapter(TwoHeads(), tmp_path / "cut")
+    model = load_adapter(TwoHeads(), tmp_path / "cut", is_trainable=True)
     expected = [p.flatten() for name in ("narrow", "wide") for p in model.heads[name].triplets("default")]
     assert all(map(torch.equal, numbers, expected)) and len(numbers) == 6
 
