@@ -537,7 +537,7 @@ class RankAllocator:
                 found = ", ".join(sorted(map(str, dtypes)))
                 raise InvalidArgumentError(f"{path}: expected A, E and B of one type, found {found}")
             A, _, B = params[3 * k : 3 * k + 3]
-            ranknum = A.shape[0] if self._compacted is None else len(self._compacted[k])
+            ranknum = 0 if self._compacted is None else len(self._compacted[k])
             adapters.append(native_adapter(on, A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype, ranknum=ranknum))
         self._native = self._native_allocator(on, adapters)
         self._sharded_penalty: ShardedPenalty | None = None
