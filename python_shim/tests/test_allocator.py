@@ -299,6 +299,61 @@ def test_finalize_takes_the_last_mask_once(context: adalora.Context, rng: np.ran
     assert model.bits() == before
 
 
+def test_a_compacted_run_is_the_run_without_masked_triplets(context: adalora.Context, rng: np.random.Generator) -> None:
+    model = Model.make(context)
+    for step in range(4):
+        model.fill_gradients(rng)
+        model.allocator.step(step)
+    model.allocator.finalize()
+    standing = model.allocator.read()
+    assert 0 < standing.live_triplets < 13
+
+    ranks = standing.ranks
+    adapters = [
+        adalora.Adapter(context, i, o, init_r=r, dtype="float64", ranknum=ranknum)
+        for (i, o, ranknum), r in zip(SHAPES, ranks, strict=True)
+    ]
+    params = [Triplets(*(np.zeros(shape) for shape in adapter.shapes)) for adapter in adapters]
+    compacted = Allocator(context, adapters, **SCHEDULE)
+    training = compacted.bind_all(params, hyper=Hyper(**HYPER))
+    model.allocator.compact(compacted)
+    small = Model(adapters, compacted, params, training)
+
+    def is_cut(before: Sequence[Triplets], after: Sequence[Triplets]) -> bool:
+        return all(
+            np.array_equal(q.A, p.A[kept]) and np.array_equal(q.E, p.E[kept]) and np.array_equal(q.B, p.B[:, kept])
+            for p, q, kept in zip(before, after, standing.pattern, strict=True)
+        )
+
+    assert is_cut(model.params, small.params)
+    assert is_cut(model.training.m, training.m)
+    assert is_cut(model.training.v, training.v)
+    for before, after in zip(model.adapters, adapters, strict=True):
+        assert after.scaling == before.scaling
+    # From here on both take the same gradients; no other triplet has a part in AdamW.
+    for step in range(4, 8):
+        model.fill_gradients(rng)
+        for whole, cut, kept in zip(model.training.grads, training.grads, standing.pattern, strict=True):
+            cut.A[...], cut.E[...], cut.B[...] = whole.A[kept], whole.E[kept], whole.B[:, kept]
+        model.allocator.step(step)
+        compacted.step(step)
+        assert is_cut(model.params, small.params)
+    assert compacted.read().ranks == ranks and compacted.read().is_final
+
+
+def test_compaction_wants_the_last_mask_and_fitting_ranks(context: adalora.Context, rng: np.random.Generator) -> None:
+    model, other = Model.make(context), Model.make(context)
+    before = model.bits(), other.bits()
+    with pytest.raises(adalora.AdaLoRAError):
+        model.allocator.compact(other.allocator)
+    assert (model.bits(), other.bits()) == before
+    model.allocator.finalize()
+    before = model.bits()
+    with pytest.raises(adalora.AdaLoRAError, match="expected"):
+        model.allocator.compact(other.allocator)
+    assert (model.bits(), other.bits()) == (before, Model.make(context).bits())
+
+
 def test_reset_begins_anew(context: adalora.Context) -> None:
     runs = []
     model = Model.make(context)

@@ -19,6 +19,7 @@ from adalora.torch import (
     RankAllocator,
     RankReport,
     adapt,
+    export_lora,
     load_adapter,
     load_training_state,
     merge,
@@ -377,6 +378,20 @@ def test_files(tmp_path, alpha):
     with pytest.raises(InvalidArgumentError, match=r"rank_pattern: expected the triplets that the compacted .* others"):
         load_adapter(model, tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("alpha", [0, 6])
+def test_exported_to_plain_lora(tmp_path, alpha):
+    model, optimizer = finished(lora_alpha=alpha)
+    model.eval()
+    before = outputs(model)
+    optimizer.allocator.compact()
+    export_lora(model, tmp_path)
+    bare = Network()
+    state = {name.replace(".base_layer", ""): v for name, v in model.state_dict().items() if ".lora_" not in name}
+    bare.load_state_dict(state)
+    plain = peft.PeftModel.from_pretrained(bare, tmp_path)
+    torch.testing.assert_close(outputs(plain.eval()), before, rtol=1e-5, atol=1e-5)
 
 
 def resumed(folder, begin_compacted: bool, own_optimizer: bool) -> dict[str, Tensor]:
