@@ -47,23 +47,23 @@ def trainer(folder: Path, model: nn.Module, *callbacks: TrainerCallback, **optio
 
 def build(folder: Path, kind: str, **options: Any) -> tuple[Trainer, RankReportCallback]:
     """A trainer with a report: of our layers, under PyTorch's optimiser or ours, or of PEFT's."""
-    if kind == "peft":
+    callback = AdaLoraCallback()
+    if kind.startswith("peft"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(3)
             model = peft.get_peft_model(bert(), peft.AdaLoraConfig(**SETTINGS, total_step=STEPS))
-        reporting = RankReportCallback(title="Run")
-        return trainer(folder, adalora.peft.accelerate(model), AdaLoraCallback(), reporting, **options), reporting
+        reporting = RankReportCallback(title="Run") if kind == "peft" else RankReportCallback(callback, "Run")
+        return trainer(folder, adalora.peft.accelerate(model), callback, reporting, **options), reporting
     model = adapted(total_step=STEPS)
     if kind == "ours":
         params = [p for p in model.parameters() if p.requires_grad]
         options["optimizers"] = AdamW(params, RankAllocator(model), lr=1e-2), None
-    callback = AdaLoraCallback()
     reporting = RankReportCallback(callback, "Run")
     return trainer(folder, model, callback, reporting, **options), reporting
 
 
-@pytest.mark.parametrize("kind", ["torch", "ours", "peft"])
+@pytest.mark.parametrize("kind", ["torch", "ours", "peft", "peft, with its callback"])
 def test_a_run_and_resumed_ones(tmp_path: Path, kind: str):
     whole, reporting = build(tmp_path / "whole", kind, save_strategy="steps", save_steps=1)
     whole.train()

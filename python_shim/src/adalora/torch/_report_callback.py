@@ -68,7 +68,7 @@ class RankReportCallback(TrainerCallback):
             self.report.save_html(Path(args.output_dir) / "rank_report.html")
 
     def _new_report(self, model: torch.nn.Module) -> RankReport:
-        if self._callback is None:
+        if self._callback is None or hasattr(model, "peft_config"):
             from ..peft import RankReport as PeftReport
 
             return PeftReport(model, self.title)
