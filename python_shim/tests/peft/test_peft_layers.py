@@ -493,3 +493,17 @@ def test_layers_of_other_makes_are_refused_before_anything_is_changed():
         adalora.peft.accelerate(model)
     assert type(layers(model)["base_model.model.fc1"]) is theirs.SVDLinear
     assert type(model.base_model) is theirs.AdaLoraModel
+
+
+def test_unmerging_keeps_what_somebody_else_made_of_the_weight():
+    layer = layers(accelerated(peft_model()))["base_model.model.fc1"]
+    with torch.no_grad():
+        layer.lora_E["default"].fill_(0.5)
+    weight = layer.base_layer.weight
+    for change in (lambda w: w.flip(0), lambda w: w.flip(1), lambda w: w + 1):
+        layer.merge()
+        with torch.no_grad():
+            changed = change(weight.detach()).clone()
+            weight.copy_(changed)
+        layer.unmerge()
+        torch.testing.assert_close(weight.detach(), changed - layer.get_delta_weight("default").detach())

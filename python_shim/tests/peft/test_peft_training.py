@@ -571,3 +571,36 @@ def test_layers_keep_their_scaling_when_they_are_resized():
     model.base_model.resize_modules_by_rank_pattern({"fc1.lora_E": [False, False]}, "default")
     assert layer.lora_B["default"].shape == (8, 0)
     torch.testing.assert_close(layer(torch.ones(2, 12)), layer.base_layer(torch.ones(2, 12)))
+
+
+def test_a_model_accelerated_after_loading_still_loses_ranks(tmp_path):
+    """What was saved before the last mask holds no final pattern."""
+    data = list(batches())
+    model = accelerated(peft_model())
+    optimizer = adamw(model)
+    stop = SETTINGS["tinit"] + 2 * SETTINGS["deltaT"]
+    for number in range(stop):
+        step(model, optimizer, number, data[number])
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = adalora.peft.accelerate(peft.PeftModel.from_pretrained(Network(), tmp_path, is_trainable=True))
+        optimizer = adamw(loaded)
+        for number in range(stop, STEPS):
+            step(loaded, optimizer, number, data[number])
+    standing = loaded.base_model.rankallocator.standing()
+    assert (standing.live_triplets, standing.is_final) == (loaded.base_model.rankallocator.target_bgt, True)
+
+
+def test_a_run_goes_on_in_a_copy_that_its_allocator_is_given():
+    data = list(batches())
+    model = accelerated(peft_model())
+    optimizer = adamw(model)
+    for number in range(6):
+        step(model, optimizer, number, data[number])
+    allocator = model.base_model.rankallocator
+    before = {name: tensor.clone() for name, tensor in allocator.exp_avg_ipt.items()}
+    budget, _ = allocator.budget_schedule(5)
+    allocator.mask_to_budget(copy.deepcopy(model.base_model.model), budget)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in allocator.exp_avg_ipt.items())
+    assert allocator.standing().last_step == 5

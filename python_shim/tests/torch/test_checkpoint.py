@@ -922,6 +922,17 @@ def test_random_generators(tmp_path):
         load_training_state(tmp_path)
 
 
+@pytest.mark.parametrize("state", [{}, {"torch": 1}, 5, "x"])
+def test_damaged_states_of_generators_change_nothing(tmp_path, monkeypatch, state):
+    made = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
+    monkeypatch.setattr("adalora.torch.checkpoint._rng_state", lambda: state)
+    save_training_state(tmp_path, optimizer=made)
+    other = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.25)
+    with pytest.raises(CorruptDataError, match="rng: expected states of random generators"):
+        load_training_state(tmp_path, optimizer=other)
+    assert other.param_groups[0]["lr"] == 0.25
+
+
 def test_generators_of_other_devices(tmp_path, monkeypatch):
     kept, restored = [torch.arange(16, dtype=torch.uint8), torch.ones(16, dtype=torch.uint8)], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

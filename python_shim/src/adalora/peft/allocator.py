@@ -245,8 +245,9 @@ class RankAllocator:
                     tensor.copy_(getattr(other, average)[name])
         kept = by_path(pattern or {})
         fits = kept.keys() == over.layers.keys() and tuple(map(len, kept.values())) == self._ranks()
-        # PEFT drops importance with the last mask. Before it, masked triplets learn, and a pattern would stop them.
-        if fits and not known:
+        # PEFT drops importance with the last mask. Before it, masked triplets learn, and a pattern would stop them: one
+        # that keeps more than the target is of an earlier step.
+        if fits and not known and sum(map(sum, kept.values())) <= self.target_bgt:
             over.set_rank_pattern(kept, final=True)
             self._final_pattern = self._pattern(over)
         self._has_begun = known or self._final_pattern is not None
@@ -260,7 +261,9 @@ class RankAllocator:
     def _for(self, model: nn.Module | None = None) -> LayersAllocator:
         """The allocator over the layers as they are, under the schedule as it is."""
         if model is not None and model is not self.model:
-            self.model, self._over = model, None
+            # The run goes on in another model, such as a copy.
+            carried = self._carried if self._over is None else self._over.state_dict()
+            self.model, self._over, self._carried = model, None, carried
         schedule = tuple(getattr(self.peft_config, name) for name in _SCHEDULE)
         if self._over is not None:
             ranks = self._ranks()

@@ -342,7 +342,10 @@ def _placed(cut: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
     return values.index_copy_(dim, torch.tensor(kept, device=cut.device).nonzero().flatten(), cut)
 
 
-def _sum_of_bits(weight: Tensor) -> int:
-    """A number that shows whether a weight was changed."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return weight.detach().contiguous().view(bits).sum(dtype=torch.int64).item()
+def _sum_of_bits(weight: Tensor) -> tuple[int, int]:
+    """Numbers that show whether a weight was changed, or its rows or columns were exchanged."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = weight.detach().contiguous().view(kinds[weight.element_size()]).view(weight.shape[0], -1)
+    rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
+    odd = lambda sums: torch.arange(1, 2 * len(sums), 2, device=sums.device)  # noqa: E731
+    return (rows * odd(rows)).sum().item(), (columns * odd(columns)).sum().item()

@@ -469,6 +469,8 @@ def load_training_state(
                 f"{path}: expected random generators of {size} processes (or rng=False), found {len(generators)}"
             )
         generators = generators[dist.get_rank() if dist.is_initialized() else 0]
+    if rng:
+        _check_rng_state(generators, path)
     devices = len(generators.get("cuda", ())) if rng else 0
     if devices and devices != torch.cuda.device_count():
         raise InvalidArgumentError(
@@ -510,6 +512,19 @@ def _rng_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def _check_rng_state(state: Any, path: Path) -> None:
+    """Check what `_set_rng_state` will be given, on generators of one's own."""
+    try:
+        torch.Generator().set_state(state["torch"])
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state(state["numpy"])
+        for each in state.get("cuda", ()):
+            if each.dtype != torch.uint8:
+                raise TypeError(f"cuda: expected bytes, found {each.dtype}")
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CorruptDataError(f"{path}: rng: expected states of random generators, found {error!r}") from None
 
 
 def _set_rng_state(state: Mapping[str, Any]) -> None:
