@@ -344,6 +344,22 @@ def test_extents_without_elements(tmp_path):
         Checkpoint(tmp_path)
 
 
+def test_masked_triplets_of_features_that_no_byte_backs(tmp_path):
+    """A file of some hundred bytes must not make a reader take gigabytes."""
+    for masked, features, fits in ((1, 2**25, True), (1, 2**27, False), (1500, 2**16, False), (1500, 2**10, True)):
+        pattern = {"m.lora_E": [False] * masked}
+        config = {"peft_type": "ADALORA", "init_r": masked, "rank_pattern": pattern}
+        (tmp_path / CONFIG).write_text(json.dumps(config))
+        shapes = {"A": [0, features], "E": [0, 1], "B": [1, 0]}
+        tensors = {f"{PREFIX}m.lora_{factor}": entry("F32", shape, 0, 0) for factor, shape in shapes.items()}
+        (tmp_path / ADAPTER).write_bytes(header(tensors))
+        if fits:
+            assert Checkpoint(tmp_path).adapters["m"][1] == masked
+        else:
+            with pytest.raises(InvalidArgumentError, match=r"lora_A: found .*, 0 of which are kept, expected fewer"):
+                Checkpoint(tmp_path)
+
+
 def test_names_stay_names(tmp_path, adapters):
     """A name that looks like a path leads nowhere."""
     names = ["../../outside", "/etc/hostname", "..", "base_model.model./etc.x"]

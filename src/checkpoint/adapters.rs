@@ -217,6 +217,11 @@ pub fn path_of(name: &str) -> Option<(&str, usize)> {
     (!path.is_empty()).then_some((path, factor))
 }
 
+/// Elements of an adapter, masked triplets included, up to which a file may have any part of them,
+const MOST_ELEMENTS: usize = 1 << 26;
+/// and beyond which at least one triplet out of so many.
+const MOST_MASKED: usize = 1 << 10;
+
 /// The adapters in a file, and the positions of what belongs to none.
 pub fn find(file: &TensorFile, mut config: Config, config_path: &Path) -> Result<(Vec<Found>, Vec<usize>)> {
     let mut parts: BTreeMap<&str, [Option<usize>; 3]> = BTreeMap::new();
@@ -268,6 +273,12 @@ pub fn find(file: &TensorFile, mut config: Config, config_path: &Path) -> Result
         if e.1 != 1 {
             let tensor = &file.tensors()[e.0];
             return Err(file.misfit_of(tensor.name(), format_args!("shape {:?}", tensor.shape), "one column"));
+        }
+        // What is kept is in the file, and so bounds what reading takes; little else does where next to nothing is.
+        let room = config.init_r.saturating_mul(a.1.saturating_add(b.1));
+        if room > MOST_ELEMENTS && config.init_r > kept.saturating_mul(MOST_MASKED) {
+            let found = format!("{} triplets of {} and {} features, {kept} of which are kept", config.init_r, a.1, b.1);
+            return Err(file.misfit_of(file.tensors()[a.0].name(), found, "fewer that are masked, or smaller ones"));
         }
         adapters.push(Found {
             name: format!("{path}\0"),
