@@ -48,8 +48,9 @@ test-cpp-sanitized: tools lib-sanitized
 	cmake --build target/cpp-sanitized
 	ctest --test-dir target/cpp-sanitized --output-on-failure
 
+# Models are tiny, and some tests start several processes: more threads would wait for each other by spinning.
 test-python: python
-	cd python_shim && $(abspath $(PYTHON)) -m pytest -q
+	cd python_shim && OMP_NUM_THREADS=1 $(abspath $(PYTHON)) -m pytest -q
 
 # PEFT's own AdaLoRA tests, without adalora and with it.
 test-peft: python
