@@ -59,6 +59,11 @@ def with_peft(ours: Network, **changed) -> nn.Module:
         warnings.simplefilter("ignore")
         bare = Network(ours.head.weight.dtype)
         theirs = peft.get_peft_model(bare, peft.AdaLoraConfig(**{**SETTINGS, **changed}))
+    return with_parameters_of(ours, theirs)
+
+
+def with_parameters_of(ours: nn.Module, theirs: nn.Module) -> nn.Module:
+    """PEFT's model with our parameters, and its head trained too."""
     theirs.base_model.model.head.requires_grad_(True)
     # The initial rank, a constant, which PEFT leaves to the optimiser.
     for name, p in theirs.named_parameters():

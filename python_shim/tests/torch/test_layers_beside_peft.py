@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from peft_runs import LOOSE, SETTINGS, TIGHT, assert_same, loss_of, peft_pattern, trained
+from peft_runs import LOOSE, SETTINGS, TIGHT, assert_same, loss_of, peft_pattern, trained, with_parameters_of
 from torch import Tensor, nn
 
 from adalora.errors import UnsupportedError
@@ -61,14 +61,7 @@ def under_peft(ours: Pictures, **changed) -> nn.Module:
     """The same network under PEFT, with the same parameters."""
     bare = Pictures(ours.head.weight.dtype)
     theirs = peft.get_peft_model(bare, peft.AdaLoraConfig(**{**RUN, **changed}), autocast_adapter_dtype=False)
-    theirs.base_model.model.head.requires_grad_(True)
-    for name, p in theirs.named_parameters():
-        p.requires_grad_(p.requires_grad and "ranknum" not in name)
-    state = {f"base_model.model.{name}": value for name, value in ours.state_dict().items()}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert all("ranknum" in name for name in missing)
-    assert not unexpected
-    return theirs
+    return with_parameters_of(ours, theirs)
 
 
 def batches(dtype: torch.dtype, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:

@@ -11,10 +11,9 @@ from peft.tuners import adalora as theirs
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..arrays import Triplets
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..torch.convolution import svd_conv
-from ..torch.functional import Part, context, native_adapter, svd_linear, traced
+from ..torch.functional import Part, svd_linear, traced
 from ..torch.layers import SVDLayer
 from ..torch.layers import SVDLinear as OwnSVDLinear
 
@@ -31,6 +30,7 @@ class _Adapted:
     _base_is_plain = SVDLayer._base_is_plain
     _may_overwrite = staticmethod(SVDLayer._may_overwrite)
     triplets = SVDLayer.triplets
+    _native, _contiguous = SVDLayer._native, SVDLayer._contiguous
 
     def _added(self) -> list[str]:
         present = self._modules["lora_A"]._parameters
@@ -155,7 +155,7 @@ class _Merging(_Adapted):
         for name in names:
             self._native(name).merge(
                 self._contiguous(name),
-                self._as_matrix(merged),
+                merged.flatten(1),
                 non_finite=non_finite,
                 scaling=self._multiplier(name),
                 fan_in_fan_out=self.fan_in_fan_out,
@@ -190,7 +190,7 @@ class _Merging(_Adapted):
                 if name in self.lora_A:
                     self._native(name).unmerge(
                         self._contiguous(name),
-                        self._as_matrix(unmerged),
+                        unmerged.flatten(1),
                         scaling=self._multiplier(name),
                         fan_in_fan_out=self.fan_in_fan_out,
                     )
@@ -211,7 +211,7 @@ class _Merging(_Adapted):
         delta = torch.empty(shape, dtype=A.dtype, device=A.device)
         self._native(adapter).delta_weight(
             self._contiguous(adapter),
-            self._as_matrix(delta),
+            delta.flatten(1),
             scaling=self._multiplier(adapter),
             fan_in_fan_out=self.fan_in_fan_out,
         )
@@ -224,16 +224,6 @@ class _Merging(_Adapted):
                 "merge: expected a base layer whose weight is a parameter of its own, found one that is computed"
             )
         return base.weight
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.view(weight.shape[0], -1)
-
-    def _native(self, adapter_name: str) -> Any:
-        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        return native_adapter(context(A.device), A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype)
-
-    def _contiguous(self, adapter_name: str) -> Triplets:
-        return Triplets(*(p.detach().contiguous() for p in self.triplets(adapter_name)))
 
     def _is_as_merged(self, weight: Tensor) -> bool:
         return "_unmerged_weight" in self._buffers and _sum_of_bits(weight) == self._merged_sum

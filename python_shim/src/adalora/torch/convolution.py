@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
-from .expand import _fitting, svd_expand, without_triplets
+from .expand import svd_expand, without_triplets
+from .functional import param_dtype
 from .layers import Refusal, SVDLayer, of_base_layer
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
@@ -65,7 +66,7 @@ def svd_conv(
         raise InvalidArgumentError(f"E: expected shape {[filters[0], 1]}, found {list(E.shape)}")
     if filters[0] == 0:
         return without_triplets(y, A, E, B)
-    A = _fitting(A, y.dtype)
+    A = A.to(param_dtype(y.dtype, A.dtype))
     x = x.to(A.dtype)
     if lora_dropout:
         x = F.dropout(x, lora_dropout)

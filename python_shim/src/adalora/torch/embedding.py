@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .expand import _fitting, svd_expand
+from .expand import svd_expand
+from .functional import param_dtype
 from .layers import Refusal, SVDLayer, of_base_layer
 
 
@@ -56,7 +57,7 @@ class SVDEmbedding(SVDLayer):
 
     def _add(self, adapter_name: str, x: Tensor, y: Tensor, lora_dropout: float, in_place: bool) -> Tensor:
         A, E, B = self.triplets(adapter_name)
-        h = F.embedding(x, _fitting(A, y.dtype).T, self.base_layer.padding_idx)
+        h = F.embedding(x, A.to(param_dtype(y.dtype, A.dtype)).T, self.base_layer.padding_idx)
         if lora_dropout:
             h = h * F.dropout(h.new_ones(*x.shape, 1), lora_dropout)
         return svd_expand(y, h, E, B, self.scaling(adapter_name), in_place=in_place)

@@ -15,7 +15,18 @@ from .. import _bindings as c
 from ..adapter import Stage
 from ..arrays import NAMES
 from ..errors import InvalidArgumentError
-from .functional import DTYPES, Part, _check_mode, _stream, context, native_adapter, once_differentiable, traced
+from .functional import (
+    DTYPES,
+    Part,
+    _check_mode,
+    context,
+    native_adapter,
+    once_differentiable,
+    run,
+    scratch_on,
+    traced,
+    word_of,
+)
 
 # How many matrices one native call takes: each is compared with each for overlaps.
 _LARGEST_CALL = 16
@@ -95,14 +106,6 @@ def _by_operators(y: Tensor, h: Tensor, E: Tensor, B: Tensor, scaling: float, ch
 
 def _compute(activation: Tensor) -> torch.dtype:
     return torch.float64 if activation.dtype == torch.float64 else torch.float32
-
-
-def _fitting(param: Tensor, activation_dtype: torch.dtype) -> Tensor:
-    """A parameter in a type that goes with the activations'."""
-    if param.dtype == activation_dtype:
-        return param
-    wide = activation_dtype in (torch.float32, torch.float64)
-    return param.to(activation_dtype if wide else torch.float32)
 
 
 class _Place(NamedTuple):
@@ -201,20 +204,11 @@ class _Products:
         calls.run(stage, self.matrices, self.left, self.right, self.E, self.scaling, g, d_right)
 
 
-def _place_of(name: str) -> int:
-    """Where a field of `adalora_call_t` stands, such as "params.A.data", in words of 8 bytes."""
-    kind, offset = c.adalora_call_t, 0
-    for field in name.split("."):
-        offset += getattr(kind, field).offset
-        kind = dict(kind._fields_)[field]
-    return offset // 8
-
-
 _FIELDS = ("y", "dy", "params.A", "params.E", "params.B", "grads.A", "grads.E", "grads.B")
-_DATA = {name: _place_of(f"{name}.data") for name in _FIELDS} | {name: _place_of(name) for name in ("h", "g")}
-_ROWS = {name: _place_of(f"{name}.rows") for name in ("y", "dy")}
-_STRIDE = {name: _place_of(f"{name}.row_stride") for name in ("y", "dy")}
-_SCALING = _place_of("scaling")
+_DATA = {name: word_of(f"{name}.data") for name in _FIELDS} | {name: word_of(name) for name in ("h", "g")}
+_ROWS = {name: word_of(f"{name}.rows") for name in ("y", "dy")}
+_STRIDE = {name: word_of(f"{name}.row_stride") for name in ("y", "dy")}
+_SCALING = word_of("scaling")
 
 
 class _Calls:
@@ -233,6 +227,7 @@ class _Calls:
         self._words = np.frombuffer(self._structs, np.int64).reshape(len(adapters), -1)
         self._reals = self._words.view(np.float64)
         self._sizes: dict[tuple[int, int], int] = {}
+        self._scratch = scratch_on(device)
         for struct, adapter, handle in zip(self._structs, adapters, self._handles, strict=True):
             struct.struct_size, struct.adapter = ctypes.sizeof(c.adalora_call_t), handle.pointer
             for matrix in (struct.y, struct.dy):
@@ -266,12 +261,11 @@ class _Calls:
             n = min(_LARGEST_CALL, count - first)
             for place, values in addresses.items():
                 words[:n, place] = values[first : first + n] if count > 1 else values
-            workspace = _workspace(E.device, self._workspace_bytes(n, m))
-            where = workspace.data_ptr(), workspace.numel(), _stream(E.device)
+            where = self._scratch, self._workspace_bytes(n, m), E.device
             if g is None:
-                self._library.adalora_adapter_forward(self._structs, stride, n, stage, None, *where)
+                run(self._library.adalora_adapter_forward, (self._structs, stride, n, stage, None), *where)
             else:
-                self._library.adalora_adapter_backward(self._structs, stride, n, stage, 0, None, None, *where)
+                run(self._library.adalora_adapter_backward, (self._structs, stride, n, stage, 0, None, None), *where)
 
     def _workspace_bytes(self, n: int, m: int) -> int:
         found = self._sizes.get((n, m))
@@ -294,7 +288,6 @@ def _addresses(matrices: Tensor) -> int | np.ndarray:
 class _ThisThread(threading.local):
     def __init__(self) -> None:
         self.calls: dict[tuple[Any, ...], _Calls] = {}
-        self.workspace = torch.empty(0, dtype=torch.uint8)
 
 
 _this_thread = _ThisThread()
@@ -306,12 +299,3 @@ def _calls(matrices: Tensor, n: int, r: int, compute: torch.dtype) -> _Calls:
     if found is None:
         found = _this_thread.calls[key] = _Calls(*key)
     return found
-
-
-def _workspace(device: torch.device, size: int) -> Tensor:
-    """Working memory: on the CPU the thread's own; elsewhere new, which PyTorch's allocator orders by stream."""
-    if device.type != "cpu":
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    if _this_thread.workspace.numel() < size:
-        _this_thread.workspace = torch.empty(size, dtype=torch.uint8)
-    return _this_thread.workspace

@@ -382,16 +382,18 @@ _STRIDE = c.adalora_matrix_t.row_stride.offset // 8
 _X, _DX, _STRUCTS = 0, _MATRIX, 2 * _MATRIX
 
 
+def word_of(name: str) -> int:
+    """Where a field of `adalora_call_t` stands, such as "params.A.data", in words of 8 bytes."""
+    kind, offset = c.adalora_call_t, 0
+    for field in name.split("."):
+        offset += getattr(kind, field).offset
+        kind = dict(kind._fields_)[field]
+    return offset // 8
+
+
 def _places(k: int, *names: str) -> tuple[int, ...]:
-    """Where fields of a part's `adalora_call_t` stand, such as `params.A`."""
-    places = []
-    for name in names:
-        kind, offset = c.adalora_call_t, 0
-        for field in name.split("."):
-            offset += getattr(kind, field).offset
-            kind = dict(kind._fields_)[field]
-        places.append(_STRUCTS + k * _STRUCT + offset // 8)
-    return tuple(places)
+    """Where fields of a part's `adalora_call_t` stand among all words."""
+    return tuple(_STRUCTS + k * _STRUCT + word_of(name) for name in names)
 
 
 class Call:
@@ -478,8 +480,7 @@ class Call:
         """Shapes of x and of each y, where `prepared` found them to fit."""
         self._guards: dict[Any, tuple[Any, int, bool]] = {}
         self._guard: tuple[Any, int, bool] = (lambda *_: False, 0, False)
-        # On the CPU.
-        self._scratch = _this_thread.scratch if self.device.type == "cpu" else None
+        self._scratch = scratch_on(self.device)
         self._workspace_bytes = 0
 
     def knows(self, tensors: tuple[Tensor, ...], dropouts: tuple[float, ...]) -> bool:
@@ -571,7 +572,13 @@ class Call:
         words = self._words
         for place, output in zip(self._y, outputs, strict=True):
             words[place] = output.data_ptr()
-        self._run(self.library.adalora_adapter_forward, self._forward_arguments)
+        run(
+            self.library.adalora_adapter_forward,
+            self._forward_arguments,
+            self._scratch,
+            self._workspace_bytes,
+            self.device,
+        )
         del kept
 
     def backward(
@@ -609,8 +616,8 @@ class Call:
             kept.append(self._set_rows(dy_place, dys[k]))
             words[A_place], words[E_place] = grads[k].data_ptr(), grads[n + k].data_ptr()
             words[B_place] = grads[2 * n + k].data_ptr()
-        arguments = self._backward_arguments
-        self._run(self.library.adalora_adapter_backward, arguments if dx is not None else (*arguments[:-1], None))
+        arguments = self._backward_arguments if dx is not None else (*self._backward_arguments[:-1], None)
+        run(self.library.adalora_adapter_backward, arguments, self._scratch, self._workspace_bytes, self.device)
 
     def _fill(
         self,
@@ -664,17 +671,6 @@ class Call:
         if x.numel() != tokens * self._shapes[0][0][1] or x.dtype is not self.dtype:
             raise InvalidStateError(f"backward: expected x as forward had it, found {list(x.shape)} of {x.dtype}")
 
-    def _run(self, function: Any, arguments: tuple[Any, ...]) -> None:
-        if self._scratch is not None:
-            scratch = self._scratch
-            if scratch.bytes < self._workspace_bytes:
-                scratch.reserve(self._workspace_bytes)
-            function(*arguments, scratch.address, scratch.bytes, None)
-        else:
-            # New memory for each call, which PyTorch's allocator orders by stream.
-            workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self.device)
-            function(*arguments, workspace.data_ptr(), workspace.numel(), _stream(self.device))
-
 
 class _Scratch:
     """A thread's working memory on the CPU."""
@@ -696,6 +692,25 @@ class _ThisThread(threading.local):
 
 
 _this_thread = _ThisThread()
+
+
+def scratch_on(device: torch.device) -> _Scratch | None:
+    """The working memory of this thread on the CPU; None on other devices."""
+    return _this_thread.scratch if device.type == "cpu" else None
+
+
+def run(
+    function: Any, arguments: tuple[Any, ...], scratch: _Scratch | None, workspace_bytes: int, device: torch.device
+) -> None:
+    """Call forward or backward of the library with a workspace and the current stream."""
+    if scratch is not None:
+        if scratch.bytes < workspace_bytes:
+            scratch.reserve(workspace_bytes)
+        function(*arguments, scratch.address, scratch.bytes, None)
+    else:
+        # New memory for each call, which PyTorch's allocator orders by stream.
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        function(*arguments, workspace.data_ptr(), workspace.numel(), _stream(device))
 
 
 def _call(key: tuple[Any, ...]) -> Call:

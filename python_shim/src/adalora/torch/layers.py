@@ -345,8 +345,8 @@ class SVDLayer(nn.Module):
         self.merged_adapters = []
 
     def _native(self, adapter_name: str) -> Any:
-        A = self.lora_A[adapter_name]
-        return native_adapter(context(A.device), self.in_features, self.out_features, A.shape[0], A.dtype, A.dtype)
+        A, _, B = self.triplets(adapter_name)
+        return native_adapter(context(A.device), A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype)
 
     def _contiguous(self, adapter_name: str) -> Triplets:
         return Triplets(*(p.detach().contiguous() for p in self.triplets(adapter_name)))
