@@ -17,8 +17,6 @@ use std::marker::PhantomData;
 
 /// Tokens that go through all products together; at a width of 768, x, y and the factors stay in the second cache.
 const BLOCK: usize = 32;
-/// Tokens of a task of the forward pass.
-const FORWARD_CHUNK: usize = BLOCK;
 /// Tokens of a chunk of the backward pass, each of which has a sum of its own to be added in the end: so many where
 /// there are chunks enough for a few threads, and more where there would be too many chunks.
 const BACKWARD_CHUNK: usize = 4 * BLOCK;
@@ -186,10 +184,9 @@ impl<T: Real> Share<T> {
                 for begin in (0..self.rank).step_by(PIECE) {
                     let n = PIECE.min(self.rank - begin);
                     load(b.dtype, row_of(b, o).offset(begin * b.dtype.size()), n, wide.as_mut_ptr());
-                    for k in 0..self.live {
-                        let triplet = *self.order.add(k) as usize;
-                        if (begin..begin + n).contains(&triplet) {
-                            *self.bt.data.add(k * self.bt.stride + o) = wide[triplet - begin];
+                    for (i, value) in wide[..n].iter().enumerate() {
+                        if let Some(k) = self.place(begin + i, self.live) {
+                            *self.bt.from(k).data.add(o) = *value;
                         }
                     }
                 }
@@ -870,13 +867,10 @@ unsafe fn add<T: Copy + std::ops::AddAssign>(n: usize, from: *const T, to: *mut 
 unsafe fn forward_as<T: Real>(cpu: &Host, pass: &Pass) -> Result<()> {
     // SAFETY: as this function asks.
     let run = unsafe { Run::<T>::new(cpu, pass) }?;
-    cpu.team.run(pass.tokens.div_ceil(FORWARD_CHUNK), run.parallel, "y and h are", |task, worker| {
-        let scratch = run.layout.scratch(worker, &run.geometries);
-        let end = ((task + 1) * FORWARD_CHUNK).min(pass.tokens);
-        for first in (task * FORWARD_CHUNK..end).step_by(BLOCK) {
-            // SAFETY: the worker's scratch; each block is in one task.
-            unsafe { run.forward_block(first, BLOCK.min(end - first), &scratch) };
-        }
+    cpu.team.run(pass.tokens.div_ceil(BLOCK), run.parallel, "y and h are", |task, worker| {
+        let (scratch, first) = (run.layout.scratch(worker, &run.geometries), task * BLOCK);
+        // SAFETY: the worker's scratch; each block is one task.
+        unsafe { run.forward_block(first, BLOCK.min(pass.tokens - first), &scratch) };
     })
 }
 

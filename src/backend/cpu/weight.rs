@@ -203,11 +203,12 @@ unsafe fn add_with<T: Real>(combine: Combine, delta: &[T], dtype: Dtype, to: Add
     unsafe {
         if is_own::<T>(dtype) {
             let w = std::slice::from_raw_parts_mut(pointer::<T>(to), n);
-            return match combine {
+            match combine {
                 Combine::Overwrite => each(w, delta, |_, d| d),
                 Combine::Add => each(w, delta, |w, d| w + d),
                 Combine::Subtract => each(w, delta, |w, d| w - d),
-            };
+            }
+            return all_finite(w);
         }
         if is_own::<T>(Dtype::Float32) && dtype.size() < size_of::<f32>() {
             let delta = std::slice::from_raw_parts(delta.as_ptr().cast::<f32>(), n);
@@ -220,7 +221,7 @@ unsafe fn add_with<T: Real>(combine: Combine, delta: &[T], dtype: Dtype, to: Add
                 Combine::Overwrite => each(w, delta, |_, d| d),
                 Combine::Add => each(w, delta, sum_to_odd),
                 Combine::Subtract => each(w, delta, |w, d| sum_to_odd(w, -d)),
-            };
+            }
             store(dtype, w.as_ptr(), n, to);
             load(dtype, to, n, w.as_mut_ptr());
             return all_finite(w);
@@ -239,13 +240,12 @@ unsafe fn add_with<T: Real>(combine: Combine, delta: &[T], dtype: Dtype, to: Add
     }
 }
 
-/// Replaces each element of w; returns whether all are finite.
+/// Replaces each element of w.
 #[inline(always)]
-fn each<T: Real>(w: &mut [T], delta: &[T], combined: impl Fn(T, T) -> T) -> bool {
+fn each<T: Real>(w: &mut [T], delta: &[T], combined: impl Fn(T, T) -> T) {
     for (w, d) in w.iter_mut().zip(delta) {
         *w = combined(*w, *d);
     }
-    all_finite(w)
 }
 
 /// Without a branch for each.
