@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-peft test-replay fuzz \
-  test-instructions instructions-baseline cargo tools python clean
+  ptx test-ptx test-instructions instructions-baseline cargo tools python clean
 
 LIBRARY := target/release/libadalora.so
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
@@ -24,12 +24,12 @@ demo-cpp: tools lib
 	cmake --build target/cpp --target digits_trainer
 	target/cpp/digits/digits_trainer
 
-test: format lint test-rust test-cpp test-cpp-sanitized test-python test-peft test-replay test-instructions fuzz
+test: format lint test-rust test-cpp test-cpp-sanitized test-python test-peft test-replay test-ptx test-instructions fuzz
 
 format: tools
 	cargo fmt --all --check
-	$(VENV)/bin/ruff format --check python_shim benches
-	$(VENV)/bin/ruff check python_shim benches
+	$(VENV)/bin/ruff format --check python_shim benches cpp_tests
+	$(VENV)/bin/ruff check python_shim benches cpp_tests
 
 lint: tools
 	cargo clippy --all-targets --locked -- -D warnings
@@ -60,6 +60,13 @@ test-peft: python
 test-replay: tools lib
 	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float64 $(GOLDEN)
 	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float32 $(GOLDEN)
+
+# The kernels that the library carries: the first target compiles kernels.cu, the second checks that it was done.
+ptx: tools
+	$(PYTHON) cpp_tests/ptx/ptx.py
+
+test-ptx: tools
+	$(PYTHON) cpp_tests/ptx/ptx.py --check
 
 # One minute of random call sequences against the C functions.
 fuzz: tools
@@ -108,7 +115,8 @@ target/.tools: Makefile python_shim/pyproject.toml
 	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing; fi
 	mkdir -p target
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --constraint python_shim/constraints.txt ruff numpy safetensors ml_dtypes
+	$(PYTHON) -m pip install --quiet --constraint python_shim/constraints.txt ruff numpy safetensors ml_dtypes \
+	  nvidia-cuda-nvrtc-cu12 nvidia-cuda-nvcc-cu12
 	touch $@
 
 # The package, built as a user's pip would, with what its demo and tests need: PyTorch is several gigabytes.
