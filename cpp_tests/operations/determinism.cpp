@@ -1,4 +1,6 @@
-// The same bits however the work is spread: any number of threads, and the caller's own.
+// The same bits however the work is spread: any number of threads, the caller's own, any stream, a graph.
+
+#include <future>
 
 #include "operations.hpp"
 #include "pass.hpp"
@@ -10,11 +12,19 @@ using namespace support;
 
 namespace {
 
-void expect_all_the_same(Backend& backend, const std::function<std::vector<Bytes>(adalora_context_t*)>& results) {
-  std::vector<Team> teams = backend.teams();
-  const std::vector<Bytes> first = results(teams.front().context.get());
+using Results = std::function<std::vector<Bytes>(Backend&, adalora_context_t*)>;
+
+std::vector<Bytes> results_of(Backend& backend, const Team& team, const Results& results) {
+  Backend& own = team.own ? *team.own : backend;
+  if (!team.on_another_thread) return results(own, team.context.get());
+  return std::async(std::launch::async, [&] { return results(own, team.context.get()); }).get();
+}
+
+void expect_all_the_same(Backend& backend, const Results& results) {
+  const std::vector<Team> teams = backend.teams();
+  const std::vector<Bytes> first = results_of(backend, teams.front(), results);
   for (size_t i = 1; i < teams.size(); ++i) {
-    const std::vector<Bytes> other = results(teams[i].context.get());
+    const std::vector<Bytes> other = results_of(backend, teams[i], results);
     ASSERT_EQ(first.size(), other.size());
     for (size_t j = 0; j < first.size(); ++j)
       EXPECT_TRUE(first[j] == other[j]) << "output " << j << " has other bits with " << teams[i].name << " than with "
@@ -94,8 +104,9 @@ std::vector<Case> determinism_cases() {
     layer.name = name_of(types.activation) + " " + name_of(types.param);
     const LayerContents contents = random_contents(layer);
     rows.push_back({"any team gives the same bits", layer.name + " forward and backward", [=](Backend& b) {
-                      expect_all_the_same(
-                          b, [&](adalora_context_t* context) { return passes(b, context, layer, contents); });
+                      expect_all_the_same(b, [&](Backend& own, adalora_context_t* context) {
+                        return passes(own, context, layer, contents);
+                      });
                     }});
   }
   for (adalora_dtype_t param : {f64, f32, bf16, f16}) {
@@ -104,11 +115,13 @@ std::vector<Case> determinism_cases() {
     c.layers = {{768, 300, 12}, {65, 1030, 5}, {7, 5, 4}, {13, 13, 0}, {130, 130, 8}};
     c.schedule = {2, 3, 10, 2};
     rows.push_back({"any team gives the same bits", name_of(param) + " steps of a run", [=](Backend& b) {
-                      expect_all_the_same(b, [&](adalora_context_t* context) { return run(b, context, c); });
+                      expect_all_the_same(
+                          b, [&](Backend& own, adalora_context_t* context) { return run(own, context, c); });
                     }});
     rows.push_back({"any team gives the same bits", name_of(param) + " weights", [=](Backend& b) {
-                      expect_all_the_same(
-                          b, [&](adalora_context_t* context) { return weights(b, context, param, param); });
+                      expect_all_the_same(b, [&](Backend& own, adalora_context_t* context) {
+                        return weights(own, context, param, param);
+                      });
                     }});
   }
   return rows;

@@ -168,6 +168,14 @@ std::vector<LayerCase> layers() {
     all.push_back(masked);
   }
 
+  for (const Types& mixed : {Types{bf16, f32}, Types{f16, f32}, Types{bf16, bf16}})
+    for (int32_t terms : {1, 2, 3}) {
+      LayerCase split = of(mixed, {33, 65, 13, 8});
+      split.operand_terms = terms;
+      split.name += " in " + std::to_string(terms) + " terms";
+      all.push_back(split);
+    }
+
   LayerCase no_dx = of(types, {64, 33, 65, 8});
   no_dx.wants_dx = false;
   no_dx.name += " without dx";

@@ -14,6 +14,7 @@ struct LayerCase {
   adalora_dtype_t activation = support::f64;
   adalora_dtype_t param = support::f64;
   adalora_dtype_t grad = 0;  // 0: as param
+  int32_t operand_terms = 0;
   int64_t tokens = 5;
   int64_t in = 7;
   std::vector<int64_t> out = {13};  // one entry an adapter

@@ -61,6 +61,7 @@ Pass::One Pass::make(adalora_context_t* context, size_t k, const AdapterContents
   desc.dropout = layer_.dropout_of(k).probability;
   desc.param_dtype = layer_.param;
   desc.activation_dtype = layer_.activation;
+  desc.operand_terms = layer_.operand_terms;
   if (layer_.whole_in != 0) desc.in_local = layer_.in, desc.in_begin = layer_.in_begin;
   if (layer_.whole_out != 0) desc.out_local = layer_.out[k], desc.out_begin = layer_.out_begin;
   adalora_adapter_t* adapter = nullptr;
@@ -165,7 +166,7 @@ std::string Pass::what(const std::string& tensor, size_t k) const {
 }
 
 void Pass::check_forward(const LayerResults& expected) const {
-  const double eps = tolerance(layer_.param);
+  const double eps = backend_.tolerance_of_products(layer_.activation, layer_.param, layer_.operand_terms);
   for (size_t k = 0; k < adapters_.size(); ++k) {
     const One& one = adapters_[k];
     expect_close(what("y", k), expected.adapters[k].y, y(k), eps, layer_.activation);
@@ -183,7 +184,7 @@ void Pass::check_forward(const LayerResults& expected) const {
 }
 
 void Pass::check_backward(const LayerResults& expected) const {
-  const double eps = tolerance(layer_.param);
+  const double eps = backend_.tolerance_of_products(layer_.activation, layer_.param, layer_.operand_terms);
   for (size_t k = 0; k < adapters_.size(); ++k) {
     const One& one = adapters_[k];
     const char* const names[] = {"dA", "dE", "dB"};

@@ -409,7 +409,7 @@ void compacted(Backend& backend, const ModelCase& c, double fraction) {
   Model compacted(backend, backend.context(), smaller(c), 99);
   EXPECT_EQ(compacted.report().is_final, 1);
   EXPECT_EQ(compacted.report().budget, whole.report().budget);
-  require(adalora_allocator_compact_sync(whole.allocator(), compacted.allocator(), backend.stream()));
+  require(adalora_allocator_compact_sync(whole.allocator(), compacted.allocator(), backend.waiting_stream()));
   expect_kept(whole, compacted, 0);
   EXPECT_EQ(compacted.ranks(), whole.ranks());
   EXPECT_EQ(compacted.pattern(), std::vector<uint8_t>(7, 1));
@@ -427,8 +427,7 @@ void compacted(Backend& backend, const ModelCase& c, double fraction) {
     give(whole, events[i]);
     compacted.set_factor(events[i].factor);
     for (size_t k = 0; k < c.layers.size(); ++k)
-      for (int m : {0, 1, 2})
-        compacted.part(k, m).g.set(kept_of(whole.contents(&Part::g), some_stay)[k][m]);
+      for (int m : {0, 1, 2}) compacted.part(k, m).g.set(kept_of(whole.contents(&Part::g), some_stay)[k][m]);
     whole.step(events[i].step);
     compacted.step(events[i].step);
     expect_kept(whole, compacted, fraction);
@@ -447,7 +446,7 @@ void compacted_shares(Backend& backend, ModelCase c) {
     share.set_pattern(some_stay, true);
     const std::vector<Owned> owned = half(compacted, second, Split::E_replicated);
     compacted.bind(owned);
-    require(adalora_allocator_compact_sync(share.allocator(), compacted.allocator(), backend.stream()));
+    require(adalora_allocator_compact_sync(share.allocator(), compacted.allocator(), backend.waiting_stream()));
     for (Tensor Part::* kind : {&Part::p, &Part::g}) {
       const Contents expected = kept_of(share.contents(kind), some_stay), found = compacted.contents(kind);
       for (const Owned& range : owned) {
@@ -459,7 +458,7 @@ void compacted_shares(Backend& backend, ModelCase c) {
     // E in halves is not what is kept of the same elements.
     Model other(backend, backend.context(), smaller(c), 99);
     other.bind(half(other, second, Split::halves));
-    EXPECT_EQ(adalora_allocator_compact_sync(share.allocator(), other.allocator(), backend.stream()),
+    EXPECT_EQ(adalora_allocator_compact_sync(share.allocator(), other.allocator(), backend.waiting_stream()),
               ADALORA_ERROR_INVALID_ARGUMENT);
   }
 }
@@ -470,7 +469,7 @@ void compaction_refused(Backend& backend, const ModelCase& c) {
   const Bytes state = compacted.save();
   const auto refused = [&](const adalora_allocator_t* from, adalora_allocator_t* to, adalora_status_t status,
                            const std::string& words) {
-    EXPECT_EQ(adalora_allocator_compact_sync(from, to, backend.stream()), status);
+    EXPECT_EQ(adalora_allocator_compact_sync(from, to, backend.waiting_stream()), status);
     EXPECT_NE(std::string(adalora_last_error()).find(words), std::string::npos) << adalora_last_error();
   };
   const adalora_status_t argument = ADALORA_ERROR_INVALID_ARGUMENT;
@@ -498,18 +497,20 @@ void compaction_refused(Backend& backend, const ModelCase& c) {
   other = smaller(c);
   other.whole = false;
   Model unbound(backend, backend.context(), other);
-  refused(whole.allocator(), unbound.allocator(), ADALORA_ERROR_INVALID_STATE, "compacted: allocator: found no buffers");
+  refused(whole.allocator(), unbound.allocator(), ADALORA_ERROR_INVALID_STATE,
+          "compacted: allocator: found no buffers");
   EXPECT_EQ(compacted.tensors(), before);
   EXPECT_EQ(compacted.save(), state);
 
   // A state whose pattern may change, or keeps other ranks.
   Model fresh(backend, backend.context(), c);
   const Bytes open = fresh.save();
-  EXPECT_EQ(adalora_allocator_load_state_sync(compacted.allocator(), open.data(), open.size(), backend.stream()),
-            argument);
+  EXPECT_EQ(
+      adalora_allocator_load_state_sync(compacted.allocator(), open.data(), open.size(), backend.waiting_stream()),
+      argument);
   fresh.set_pattern(std::vector<uint8_t>(12, 1), true);
   const Bytes all = fresh.save();
-  EXPECT_EQ(adalora_allocator_load_state_sync(compacted.allocator(), all.data(), all.size(), backend.stream()),
+  EXPECT_EQ(adalora_allocator_load_state_sync(compacted.allocator(), all.data(), all.size(), backend.waiting_stream()),
             argument);
   EXPECT_EQ(compacted.save(), state);
 }

@@ -8,6 +8,9 @@
 #include <stdexcept>
 #include <thread>
 
+#include "compare.hpp"
+#include "cuda.hpp"
+
 namespace support {
 
 void require(adalora_status_t status) {
@@ -50,15 +53,22 @@ class Cpu final : public Backend {
 
   std::vector<Team> teams() override {
     std::vector<Team> teams;
-    for (int32_t threads : {1, 2, 3, 7}) teams.push_back({"pool_of_" + std::to_string(threads), cpu_context(threads)});
-    teams.push_back({"new_threads", cpu_context(3, on_new_threads)});
-    teams.push_back({"this_thread_alone", cpu_context(5, on_this_thread_alone)});
-    teams.push_back({"fewer_threads", cpu_context(7, on_two_threads_at_most)});
+    const auto add = [&](const std::string& name, Context context) {
+      teams.push_back({name, nullptr, nullptr, std::move(context)});
+    };
+    for (int32_t threads : {1, 2, 3, 7}) add("pool_of_" + std::to_string(threads), cpu_context(threads));
+    add("new_threads", cpu_context(3, on_new_threads));
+    add("this_thread_alone", cpu_context(5, on_this_thread_alone));
+    add("fewer_threads", cpu_context(7, on_two_threads_at_most));
     if (void* openmp = dlopen("libgomp.so.1", RTLD_NOW)) {  // stays loaded: OpenMP's threads do not end
       const auto parallel = reinterpret_cast<adalora_parallel_fn>(dlsym(openmp, "GOMP_parallel"));
-      teams.push_back({"openmp", cpu_context(3, parallel)});
+      add("openmp", cpu_context(3, parallel));
     }
     return teams;
+  }
+
+  double tolerance_of_products(adalora_dtype_t, adalora_dtype_t param, int32_t) const override {
+    return tolerance(param);
   }
 
   void* allocate(size_t bytes) override {
@@ -82,7 +92,18 @@ class Cpu final : public Backend {
 
 const std::vector<Backend*>& backends() {
   static Cpu cpu;
-  static const std::vector<Backend*> all{&cpu};
+  static const std::vector<std::unique_ptr<cuda::Device>> devices = [] {
+    std::vector<std::unique_ptr<cuda::Device>> some;
+    if (!cuda::wanted()) return some;
+    some.push_back(std::make_unique<cuda::Device>("cuda"));
+    some.push_back(std::make_unique<cuda::Device>("cuda_graph", cuda::Capturing::everything));
+    return some;
+  }();
+  static const std::vector<Backend*> all = [] {
+    std::vector<Backend*> some{&cpu};
+    for (const auto& device : devices) some.push_back(device.get());
+    return some;
+  }();
   return all;
 }
 

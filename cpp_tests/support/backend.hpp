@@ -29,11 +29,7 @@ Context cpu_context(int32_t threads, adalora_parallel_fn parallel = nullptr);
 // Throws the library's text where a call that should succeed did not.
 void require(adalora_status_t status);
 
-// One way of spreading the work; all of a backend's must give the same bits.
-struct Team {
-  std::string name;
-  Context context;
-};
+struct Team;
 
 class Backend {
  public:
@@ -41,8 +37,16 @@ class Backend {
 
   virtual std::string name() const = 0;
   virtual adalora_context_t* context() = 0;
-  virtual void* stream() = 0;
   virtual std::vector<Team> teams() = 0;
+
+  // For a call that only enqueues.
+  virtual void* stream() = 0;
+  // For a call that may wait.
+  virtual void* waiting_stream() { return stream(); }
+
+  // By how much of itself an operand or an operation of a product with activations may be off, where float32 parameters
+  // are multiplied in `terms` terms of half precision.
+  virtual double tolerance_of_products(adalora_dtype_t activation, adalora_dtype_t param, int32_t terms) const = 0;
 
   // Memory of the backend, aligned to 64 bytes.
   virtual void* allocate(size_t bytes) = 0;
@@ -51,6 +55,15 @@ class Backend {
   // Both wait until the bytes are there.
   virtual void upload(void* to, const void* from, size_t bytes) = 0;
   virtual void download(void* to, const void* from, size_t bytes) = 0;
+};
+
+// One way of spreading the work; all of a backend's must give the same bits.
+struct Team {
+  std::string name;
+  std::unique_ptr<Backend> own = nullptr;  // whose stream and memory it uses; NULL: those of the backend
+  std::shared_ptr<void> lent = nullptr;    // what the context uses of the caller's
+  Context context = nullptr;
+  bool on_another_thread = false;
 };
 
 // Every backend that this machine has.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,11 +41,15 @@ class Buffer {
   }
   ~Buffer() {
     if (memory_ == nullptr) return;
-    Bytes around(2 * margin);
-    backend_->download(around.data(), memory_, margin);
-    backend_->download(around.data() + margin, memory_ + margin + bytes_, margin);
-    for (unsigned char byte : around) EXPECT_EQ(byte, canary) << "a write beside a buffer of " << bytes_ << " bytes";
-    backend_->release(memory_);
+    try {
+      Bytes around(2 * margin);
+      backend_->download(around.data(), memory_, margin);
+      backend_->download(around.data() + margin, memory_ + margin + bytes_, margin);
+      for (unsigned char byte : around) EXPECT_EQ(byte, canary) << "a write beside a buffer of " << bytes_ << " bytes";
+      backend_->release(memory_);
+    } catch (const std::exception& error) {
+      ADD_FAILURE() << "at the end of a buffer of " << bytes_ << " bytes: " << error.what();
+    }
   }
 
   void* data() const { return memory_ + margin; }

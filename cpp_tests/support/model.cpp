@@ -155,11 +155,12 @@ void Model::bind(const std::vector<Owned>& owned) {
   size_t state = 0, workspace = 0;
   require(adalora_allocator_sizes(allocator_.get(), n, &state, &workspace, nullptr));
   if (!state_) state_.emplace(backend_, state, static_cast<unsigned char>(0));
-  workspace_.emplace(backend_, workspace);
-  require(adalora_allocator_bind(allocator_.get(), state_->data(), workspace_->data(), slices.data(),
-                                 sizeof(adalora_slice_t), n, case_.moments ? hypers.data() : nullptr,
-                                 sizeof(adalora_hyper_t), case_.moments ? static_cast<int64_t>(hypers.size()) : 0,
-                                 backend_.stream()));
+  // The earlier workspace is the allocator's until it is bound again.
+  Buffer own(backend_, workspace);
+  require(adalora_allocator_bind(allocator_.get(), state_->data(), own.data(), slices.data(), sizeof(adalora_slice_t),
+                                 n, case_.moments ? hypers.data() : nullptr, sizeof(adalora_hyper_t),
+                                 case_.moments ? static_cast<int64_t>(hypers.size()) : 0, backend_.waiting_stream()));
+  workspace_ = std::move(own);
 }
 
 void Model::move() {
@@ -232,39 +233,42 @@ uint64_t Model::digest() const {
 adalora_report_t Model::report() const {
   adalora_report_t report{};
   report.struct_size = sizeof report;
-  require(adalora_allocator_read_sync(allocator_.get(), nullptr, nullptr, nullptr, &report, backend_.stream()));
+  require(adalora_allocator_read_sync(allocator_.get(), nullptr, nullptr, nullptr, &report, backend_.waiting_stream()));
   return report;
 }
 
 std::vector<uint8_t> Model::pattern() const {
   std::vector<uint8_t> pattern(static_cast<size_t>(case_.total_rank()));
-  require(adalora_allocator_read_sync(allocator_.get(), pattern.data(), nullptr, nullptr, nullptr, backend_.stream()));
+  require(adalora_allocator_read_sync(allocator_.get(), pattern.data(), nullptr, nullptr, nullptr,
+                                      backend_.waiting_stream()));
   return pattern;
 }
 
 std::vector<int64_t> Model::ranks() const {
   std::vector<int64_t> ranks(adapters_.size());
-  require(adalora_allocator_read_sync(allocator_.get(), nullptr, ranks.data(), nullptr, nullptr, backend_.stream()));
+  require(adalora_allocator_read_sync(allocator_.get(), nullptr, ranks.data(), nullptr, nullptr,
+                                      backend_.waiting_stream()));
   return ranks;
 }
 
 std::vector<int64_t> Model::adam_steps() const {
   std::vector<int64_t> steps(adapters_.size());
-  require(adalora_allocator_read_sync(allocator_.get(), nullptr, nullptr, steps.data(), nullptr, backend_.stream()));
+  require(adalora_allocator_read_sync(allocator_.get(), nullptr, nullptr, steps.data(), nullptr,
+                                      backend_.waiting_stream()));
   return steps;
 }
 
 Bytes Model::save() const {
   size_t size = 0;
-  require(adalora_allocator_save_state_sync(allocator_.get(), nullptr, &size, backend_.stream()));
+  require(adalora_allocator_save_state_sync(allocator_.get(), nullptr, &size, backend_.waiting_stream()));
   Bytes bytes(size);
-  require(adalora_allocator_save_state_sync(allocator_.get(), bytes.data(), &size, backend_.stream()));
+  require(adalora_allocator_save_state_sync(allocator_.get(), bytes.data(), &size, backend_.waiting_stream()));
   EXPECT_EQ(size, bytes.size());
   return bytes;
 }
 
 void Model::load(const Bytes& state) {
-  require(adalora_allocator_load_state_sync(allocator_.get(), state.data(), state.size(), backend_.stream()));
+  require(adalora_allocator_load_state_sync(allocator_.get(), state.data(), state.size(), backend_.waiting_stream()));
 }
 
 Contents Model::contents(Tensor Part::* kind) const {
