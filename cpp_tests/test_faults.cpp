@@ -11,6 +11,16 @@ namespace {
 
 using namespace support;
 
+std::string name_of_backend(Backend* backend) { return backend->name(); }
+
+class Faults : public testing::TestWithParam<Backend*> {
+ protected:
+  Backend& backend = *GetParam();
+};
+
+INSTANTIATE_TEST_SUITE_P(On, Faults, testing::ValuesIn(backends()),
+                         [](const auto& column) { return name_of_backend(column.param); });
+
 int64_t live(const Model& model) { return model.report().live_triplets; }
 
 std::vector<double> all_E(const Model& model) {
@@ -28,9 +38,9 @@ bool all_finite(const Contents& contents) {
   return true;
 }
 
-TEST(Faults, EqualScoresKeepExactlyTheBudget) {
+TEST_P(Faults, EqualScoresKeepExactlyTheBudget) {
   ModelCase c;
-  Model model(host(), host().context(), c);
+  Model model(backend, backend.context(), c);
   model.set_gradients(1, 0.0);
   for (int64_t step = 0; step < c.schedule.total_step; ++step) {
     model.step(step);
@@ -42,10 +52,10 @@ TEST(Faults, EqualScoresKeepExactlyTheBudget) {
   EXPECT_EQ(model.pattern(), (std::vector<uint8_t>{1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0}));
 }
 
-TEST(Faults, EqualRanksNeedNoMask) {
+TEST_P(Faults, EqualRanksNeedNoMask) {
   ModelCase c;
   c.target_rank = 4;  // mean of 4, 3 and 5
-  Model model(host(), host().context(), c);
+  Model model(backend, backend.context(), c);
   for (int64_t step = 0; step < c.schedule.total_step; ++step) {
     model.set_gradients(static_cast<uint64_t>(step));
     model.step(step);
@@ -56,14 +66,15 @@ TEST(Faults, EqualRanksNeedNoMask) {
   EXPECT_EQ(model.ranks(), (std::vector<int64_t>{4, 3, 5}));
 }
 
-class NonFinite : public testing::TestWithParam<std::tuple<double, int, bool>> {};
+class NonFinite : public testing::TestWithParam<std::tuple<Backend*, double, int, bool>> {};
 
 // One gradient that is not finite costs one step: parameters and averages stay, the mask that falls on the step
 // happens.
 TEST_P(NonFinite, GradientCostsOneStep) {
-  const auto [strange, matrix, flagged] = GetParam();
+  const auto [column, strange, matrix, flagged] = GetParam();
+  Backend& backend = *column;
   const ModelCase c;
-  Model model(host(), host().context(), c);
+  Model model(backend, backend.context(), c);
   const int64_t masked = c.schedule.tinit + 2;
   for (int64_t step = 0; step < masked; ++step) {
     model.set_gradients(static_cast<uint64_t>(step));
@@ -76,9 +87,10 @@ TEST_P(NonFinite, GradientCostsOneStep) {
   values.values.back() = strange;
   g.set(values);
   adalora_step_t step = model.step_at(masked);
-  Value<double> squares(host(), 0.0);
-  Value<float> found_inf(host(), 0.0f);
-  require(adalora_allocator_gradient_norm(model.allocator(), nullptr, squares.data(), found_inf.data(), nullptr));
+  Value<double> squares(backend, 0.0);
+  Value<float> found_inf(backend, 0.0f);
+  require(
+      adalora_allocator_gradient_norm(model.allocator(), nullptr, squares.data(), found_inf.data(), backend.stream()));
   EXPECT_EQ(found_inf.get(), 1.0f);
   step.found_inf = flagged ? found_inf.data() : nullptr;  // NULL: the library looks itself
 
@@ -90,7 +102,7 @@ TEST_P(NonFinite, GradientCostsOneStep) {
     for (double& e : p.E.values)
       if (stays[i++] == 0) e = 0;
   const Contents ipt = model.contents(&Part::ipt), unc = model.contents(&Part::unc), m = model.contents(&Part::m);
-  require(adalora_allocator_step(model.allocator(), &step, 1, nullptr));
+  require(adalora_allocator_step(model.allocator(), &step, 1, backend.stream()));
   EXPECT_EQ(model.pattern(), stays) << "the mask falls all the same";
   EXPECT_EQ(model.report().skipped, 1);
   const Contents p = model.contents(&Part::p);
@@ -112,13 +124,17 @@ TEST_P(NonFinite, GradientCostsOneStep) {
   EXPECT_EQ(model.adam_steps(), std::vector<int64_t>(3, c.schedule.total_step - 1));
 }
 
-INSTANTIATE_TEST_SUITE_P(Faults, NonFinite,
-                         testing::Combine(testing::Values(HUGE_VAL, -HUGE_VAL, std::nan("")), testing::Values(0, 1, 2),
-                                          testing::Bool()));
+INSTANTIATE_TEST_SUITE_P(On, NonFinite,
+                         testing::Combine(testing::ValuesIn(backends()),
+                                          testing::Values(HUGE_VAL, -HUGE_VAL, std::nan("")), testing::Values(0, 1, 2),
+                                          testing::Bool()),
+                         [](const auto& row) {
+                           return name_of_backend(std::get<0>(row.param)) + "_" + std::to_string(row.index);
+                         });
 
-TEST(Faults, AFactorThatIsNotFiniteCostsOneStep) {
+TEST_P(Faults, AFactorThatIsNotFiniteCostsOneStep) {
   for (double factor : {HUGE_VAL, std::nan("")}) {
-    Model model(host(), host().context(), ModelCase{});
+    Model model(backend, backend.context(), ModelCase{});
     model.step(1);
     const std::vector<Bytes> before = model.tensors();
     model.set_factor(factor);
@@ -129,9 +145,9 @@ TEST(Faults, AFactorThatIsNotFiniteCostsOneStep) {
 }
 
 // A layer that the step did not use: its gradients are not even read.
-TEST(Faults, AnIdleAdapterHasNoSensitivity) {
+TEST_P(Faults, AnIdleAdapterHasNoSensitivity) {
   const ModelCase c;
-  Model model(host(), host().context(), c);
+  Model model(backend, backend.context(), c);
   model.step(1);
   const Contents p = model.contents(&Part::p), ipt = model.contents(&Part::ipt);
   for (int m : {0, 1, 2}) {
@@ -142,7 +158,7 @@ TEST(Faults, AnIdleAdapterHasNoSensitivity) {
   for (bool looks_itself : {false, true}) {
     adalora_step_t step = model.step_at(looks_itself ? 3 : 2);
     if (looks_itself) step.found_inf = nullptr;
-    require(adalora_allocator_step(model.allocator(), &step, 1, nullptr));
+    require(adalora_allocator_step(model.allocator(), &step, 1, backend.stream()));
   }
   EXPECT_EQ(model.report().skipped, 0);
   EXPECT_EQ(model.adam_steps(), (std::vector<int64_t>{3, 1, 3}));
@@ -156,10 +172,10 @@ TEST(Faults, AnIdleAdapterHasNoSensitivity) {
 }
 
 // |p g| of a typical step is below float16's smallest number, and so is every score.
-TEST(Faults, ScoresOfFloat16ParametersDoNotUnderflow) {
+TEST_P(Faults, ScoresOfFloat16ParametersDoNotUnderflow) {
   ModelCase c;
   c.param = f16;
-  Model model(host(), host().context(), c);
+  Model model(backend, backend.context(), c);
   for (size_t k = 0; k < c.layers.size(); ++k)
     for (int m : {0, 1, 2}) {
       Dense<double> values = model.part(k, m).p.get();
@@ -183,7 +199,7 @@ struct Steps {
   std::vector<int64_t> steps;
 };
 
-TEST(Faults, TheLastMaskIsTakenOnce) {
+TEST_P(Faults, TheLastMaskIsTakenOnce) {
   const Steps cases[] = {
       {"no final phase, delta_t that misses the end", {2, 0, 11, 4}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}},
       {"a stride over the end", {4, 4, 20, 2}, {0, 5, 10, 15, 18, 19}},
@@ -193,7 +209,7 @@ TEST(Faults, TheLastMaskIsTakenOnce) {
   for (const Steps& run : cases) {
     ModelCase c;
     c.schedule = run.schedule;
-    Model model(host(), host().context(), c);
+    Model model(backend, backend.context(), c);
     int64_t selections = 0;
     for (int64_t step : run.steps) {
       model.set_gradients(static_cast<uint64_t>(step + 1));
@@ -208,22 +224,22 @@ TEST(Faults, TheLastMaskIsTakenOnce) {
   }
 
   // A run that stops before the end takes it on demand.
-  Model stopped(host(), host().context(), ModelCase{});
+  Model stopped(backend, backend.context(), ModelCase{});
   for (int64_t step = 0; step < 9; ++step) stopped.step(step);
   EXPECT_GT(live(stopped), stopped.model().target_budget());
-  require(adalora_allocator_finalize(stopped.allocator(), nullptr, nullptr));
+  require(adalora_allocator_finalize(stopped.allocator(), nullptr, backend.stream()));
   EXPECT_EQ(live(stopped), stopped.model().target_budget());
 }
 
-TEST(Faults, ResumingInTheMiddleEndsAtTheTarget) {
+TEST_P(Faults, ResumingInTheMiddleEndsAtTheTarget) {
   const ModelCase c;
   for (int64_t stop : {3, 6, 7, 12}) {
-    Model first(host(), host().context(), c);
+    Model first(backend, backend.context(), c);
     for (int64_t step = 0; step < stop; ++step) {
       first.set_gradients(static_cast<uint64_t>(step));
       first.step(step);
     }
-    Model second(host(), host().context(), c, 99);
+    Model second(backend, backend.context(), c, 99);
     second.set_tensors(first.tensors());
     second.load(first.save());
     EXPECT_EQ(second.ranks(), first.ranks()) << "what is saved is what ran";
@@ -236,7 +252,7 @@ TEST(Faults, ResumingInTheMiddleEndsAtTheTarget) {
   }
 }
 
-TEST(Faults, MergingManyTimesInBfloat16LeavesNoTrace) {
+TEST_P(Faults, MergingManyTimesInBfloat16LeavesNoTrace) {
   adalora_adapter_desc_t desc{};
   desc.struct_size = sizeof desc;
   desc.in_features = 33;
@@ -244,48 +260,49 @@ TEST(Faults, MergingManyTimesInBfloat16LeavesNoTrace) {
   desc.rank = 4;
   desc.param_dtype = desc.activation_dtype = bf16;
   adalora_adapter_t* handle = nullptr;
-  require(adalora_adapter_create(host().context(), &desc, &handle));
+  require(adalora_adapter_create(backend.context(), &desc, &handle));
   const Adapter adapter(handle);
   Random random(3);
-  const Tensor A(host(), bf16, random.matrix(4, 33)), E(host(), bf16, random.matrix(1, 4)),
-      B(host(), bf16, random.matrix(17, 4)), w(host(), bf16, random.matrix(17, 33)), backup(host(), bf16, 17, 33);
+  const Tensor A(backend, bf16, random.matrix(4, 33)), E(backend, bf16, random.matrix(1, 4)),
+      B(backend, bf16, random.matrix(17, 4)), w(backend, bf16, random.matrix(17, 33)), backup(backend, bf16, 17, 33);
   const adalora_triplets_t params{A.matrix(), E.matrix(), B.matrix()};
   const adalora_matrix_t base = w.matrix(), kept = backup.matrix();
   const Bytes before = w.bytes();
   Bytes merged;
   for (int i = 0; i < 100; ++i) {
-    require(adalora_adapter_merge(adapter.get(), &params, 0, 0, &base, &kept, nullptr, nullptr));
+    require(adalora_adapter_merge(adapter.get(), &params, 0, 0, &base, &kept, nullptr, backend.stream()));
     if (i > 0) expect_same_bits("merged again", merged, w.bytes(), bf16);
     merged = w.bytes();
-    require(adalora_adapter_unmerge(adapter.get(), nullptr, 0, 0, &base, &kept, nullptr));
+    require(adalora_adapter_unmerge(adapter.get(), nullptr, 0, 0, &base, &kept, backend.stream()));
     expect_same_bits("unmerged", before, w.bytes(), bf16);
   }
   EXPECT_NE(merged, before);
 }
 
-TEST(Faults, LayersMayHoldNoTriplet) {
+TEST_P(Faults, LayersMayHoldNoTriplet) {
   for (const std::vector<LayerShape>& layers :
        {std::vector<LayerShape>{{7, 5, 4}, {13, 8, 0}, {6, 9, 5}}, {{7, 5, 0}, {13, 8, 0}}}) {
     ModelCase c;
     c.layers = layers;
     c.target_rank = layers[0].rank > 0 ? 1 : 0;
-    Model model(host(), host().context(), c);
-    const Value<double> penalty(host()), squares(host(), 0.0);
+    Model model(backend, backend.context(), c);
+    const Value<double> penalty(backend), squares(backend, 0.0);
     for (int64_t step = 0; step < c.schedule.total_step; ++step) {
-      require(adalora_allocator_orthogonality(model.allocator(), nullptr, 0.1, nullptr, penalty.data(), nullptr));
-      require(adalora_allocator_gradient_norm(model.allocator(), nullptr, squares.data(), nullptr, nullptr));
+      require(
+          adalora_allocator_orthogonality(model.allocator(), nullptr, 0.1, nullptr, penalty.data(), backend.stream()));
+      require(adalora_allocator_gradient_norm(model.allocator(), nullptr, squares.data(), nullptr, backend.stream()));
       model.step(step);
     }
     EXPECT_EQ(live(model), c.target_budget());
     EXPECT_TRUE(std::isfinite(penalty.get()));
-    Model resumed(host(), host().context(), c);
+    Model resumed(backend, backend.context(), c);
     resumed.load(model.save());
     EXPECT_EQ(resumed.digest(), model.digest());
   }
 }
 
-TEST(Faults, IrregularStepsAreReported) {
-  Model model(host(), host().context(), ModelCase{});
+TEST_P(Faults, IrregularStepsAreReported) {
+  Model model(backend, backend.context(), ModelCase{});
   const std::pair<int64_t, int64_t> steps_and_reports[] = {{0, 0}, {1, 0}, {1, 1}, {5, 1},
                                                            {3, 2}, {4, 2}, {4, 3}, {9, 3}};
   for (const auto& [step, irregular] : steps_and_reports) {
@@ -295,13 +312,15 @@ TEST(Faults, IrregularStepsAreReported) {
   }
 }
 
-class Overflow : public testing::TestWithParam<adalora_dtype_t> {};
+class Overflow : public testing::TestWithParam<std::tuple<Backend*, adalora_dtype_t>> {};
 
 // p * g beyond the largest number: averages and scores stay finite, and the run goes on.
 TEST_P(Overflow, OfProductsStaysFinite) {
+  const auto [column, param] = GetParam();
+  Backend& backend = *column;
   ModelCase c;
-  c.param = GetParam();
-  Model model(host(), host().context(), c);
+  c.param = param;
+  Model model(backend, backend.context(), c);
   const double large = c.param == f64 ? 1e200 : c.param == f16 ? 6e4 : 1e30;
   for (int m : {0, 1, 2}) {
     const auto all_large = [&](Tensor& tensor) {
@@ -321,13 +340,16 @@ TEST_P(Overflow, OfProductsStaysFinite) {
   EXPECT_EQ(model.ranks()[0], 4) << "the largest scores of all";
 }
 
-INSTANTIATE_TEST_SUITE_P(Faults, Overflow, testing::Values(f64, f32, bf16, f16),
-                         [](const auto& type) { return name_of(type.param); });
+INSTANTIATE_TEST_SUITE_P(On, Overflow,
+                         testing::Combine(testing::ValuesIn(backends()), testing::Values(f64, f32, bf16, f16)),
+                         [](const auto& row) {
+                           return name_of_backend(std::get<0>(row.param)) + "_" + name_of(std::get<1>(row.param));
+                         });
 
 // What a mask took may come back: the scores of a masked triplet go on, since its E still receives a gradient.
-TEST(Faults, AMaskedTripletMayComeBack) {
+TEST_P(Faults, AMaskedTripletMayComeBack) {
   const ModelCase c;
-  Model model(host(), host().context(), c);
+  Model model(backend, backend.context(), c);
   std::vector<double> scores(12, 1.0);
   scores[0] = 0.0;
   model.select(10, scores);
@@ -340,23 +362,23 @@ TEST(Faults, AMaskedTripletMayComeBack) {
   operations::LayerContents contents = operations::random_contents(layer);
   std::fill(contents.adapters[0].params.E.values.begin(), contents.adapters[0].params.E.values.end(), 0.0);
   layer.accumulates = false;
-  operations::Pass pass(host(), host().context(), layer, contents);
+  operations::Pass pass(backend, backend.context(), layer, contents);
   pass.forward();
   pass.backward();
   for (double slope : pass.gradient(0, 1).values) EXPECT_NE(slope, 0.0);
 }
 
 // A masked triplet whose vectors have gone astray does not reach the output.
-TEST(Faults, AMaskedTripletAddsNothing) {
+TEST_P(Faults, AMaskedTripletAddsNothing) {
   for (adalora_dtype_t type : {f64, f32, bf16, f16}) {
     operations::LayerCase layer;
     layer.activation = layer.param = type;
     operations::LayerContents contents = operations::random_contents(layer);
     oracle::Triplets<double>& params = contents.adapters[0].params;
     params.E.values = {0.5, 0.0, 0.25};
-    operations::Pass clean(host(), host().context(), layer, contents);
+    operations::Pass clean(backend, backend.context(), layer, contents);
     for (int64_t j = 0; j < layer.in; ++j) params.A(1, j) = j % 2 == 0 ? HUGE_VAL : 1.0;
-    operations::Pass astray(host(), host().context(), layer, contents);
+    operations::Pass astray(backend, backend.context(), layer, contents);
     clean.forward();
     astray.forward();
     EXPECT_EQ(clean.y(0).values, astray.y(0).values) << name_of(type);

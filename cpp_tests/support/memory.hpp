@@ -90,6 +90,8 @@ class Value {
     std::memcpy(bytes.data(), &value, sizeof value);
     buffer_.write(bytes);
   }
+  Bytes bytes() const { return buffer_.read(); }
+  void write(const Bytes& bytes) { buffer_.write(bytes); }
 
  private:
   Buffer buffer_;

@@ -187,6 +187,10 @@ void Model::set_gradients(uint64_t seed, double size) {
   for (Part& part : parts_) part.g.set(random.matrix(part.g.rows(), part.g.columns(), size));
 }
 
+void Model::set_rates(double lr, double weight_decay) {
+  for (size_t i = 0; i < rates_.size(); ++i) rates_[i].set(i % 2 == 0 ? lr : weight_decay);
+}
+
 adalora_step_t Model::step_at(int64_t step) const {
   step_.set(step);
   return {sizeof(adalora_step_t), step_.data(), factor_.data(), found_inf_.data(), has_grad_.data()};

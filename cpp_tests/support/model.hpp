@@ -69,6 +69,7 @@ class Model {
 
   void set_gradients(uint64_t seed, double size = 1.0);
   void set_factor(double factor) { factor_.set(factor); }
+  void set_rates(double lr, double weight_decay);  // of every group
   void set_found_inf(bool found) { found_inf_.set(found ? 1.0f : 0.0f); }
   void set_has_grad(const std::vector<uint8_t>& has_grad) { has_grad_.set(has_grad); }
 
