@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-peft test-replay fuzz \
-  ptx test-ptx test-instructions instructions-baseline cargo tools python clean
+  ptx test-ptx gpu-check gpu-check-bundle test-instructions instructions-baseline cargo tools python clean
 
 LIBRARY := target/release/libadalora.so
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
@@ -12,6 +12,7 @@ SANITIZED := target/$(TARGET)/release/libadalora.so
 VENV := target/venv
 INSTRUCTIONS := target/instructions
 PYTHON := $(VENV)/bin/python
+CUDA_TESTS := test_operations
 GOLDEN := python_shim/tests/golden $(wildcard ../shared/golden)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
@@ -83,6 +84,24 @@ $(INSTRUCTIONS)/operations: tools lib benches/instructions/operations.cpp
 	mkdir -p $(@D)
 	g++ -std=c++17 -O2 -Wall -Wextra -Wpedantic -Werror -Iinclude benches/instructions/operations.cpp -o $@ \
 	  -L$(dir $(LIBRARY)) -ladalora -Wl,-rpath,$(abspath $(dir $(LIBRARY)))
+
+# What `make gpu-check` needs on a machine with a GPU, built here and carried there with the checkout.
+BUNDLE := target/gpu-check
+gpu-check-bundle: tools lib
+	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	cmake --build target/cpp --target $(CUDA_TESTS)
+	rm -rf $(BUNDLE)
+	mkdir -p $(BUNDLE)/bin $(BUNDLE)/lib $(BUNDLE)/golden
+	strip -o $(BUNDLE)/lib/libadalora.so.0 $(LIBRARY)
+	for test in $(CUDA_TESTS); do strip -o $(BUNDLE)/bin/$$test target/cpp/$$test; done
+	for folder in $(wildcard ../shared/golden); do cp $$folder/*.json $$folder/*.safetensors $(BUNDLE)/golden; done
+	git rev-parse HEAD >$(BUNDLE)/revision
+	du -sh $(BUNDLE)
+
+# On a machine with a GPU, PyTorch, and what gpu-check-bundle made; neither Rust nor a network. GPU_CHECK takes the
+# script's own options, such as GPU_CHECK="--only operations,bench".
+gpu-check:
+	$(or $(wildcard $(PYTHON)),python3) benches/gpu/check.py $(GPU_CHECK)
 
 bench: python
 	$(PYTHON) benches/bench.py
