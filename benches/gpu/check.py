@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -130,6 +131,13 @@ def card() -> tuple[str, str]:
     return name, driver
 
 
+def wheels_folder() -> Path | None:
+    """Where PyTorch's CUDA lies, if it came in wheels: programs without PyTorch find it there."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(place) / "cu13" / "lib" for place in (spec.submodule_search_locations or () if spec else ())]
+    return next((folder for folder in folders if (folder / "libcublas.so.13").exists()), None)
+
+
 def keep(done: list[Part], name: str, driver: str) -> None:
     """Write the outcome beside what earlier runs on this card found."""
     file_name = f"gpu-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
@@ -180,13 +188,17 @@ def main() -> int:
     print(f"{name}, driver {driver}, revision {(BUNDLE / 'revision').read_text().strip()}", flush=True)
     environment = dict(
         os.environ,
-        LD_LIBRARY_PATH=str(BUNDLE / "lib"),
+        # Before what leads to the driver.
+        LD_LIBRARY_PATH=":".join(filter(None, [str(BUNDLE / "lib"), os.environ.get("LD_LIBRARY_PATH")])),
         ADALORA_LIBRARY=str(BUNDLE / "lib" / "libadalora.so.0"),
         PYTHONPATH=str(ROOT / "python_shim" / "src"),
         PYTHONUNBUFFERED="1",
         OMP_NUM_THREADS="2",
     )
-    environment |= {"ADALORA_TEST_CUDA": "1"} if on_gpu else {"ADALORA_CUDA_FOLDER": str(options.software.resolve())}
+    environment["ADALORA_TEST_CUDA"] = "1"
+    folder = wheels_folder() if on_gpu else options.software.resolve()
+    if folder:
+        environment["ADALORA_CUDA_FOLDER"] = str(folder)
     last = [part for part in todo if part.name == "bench"]
     reserved = BENCH_SECONDS if last else 0
     with concurrent.futures.ThreadPoolExecutor(options.jobs if on_gpu else 1) as pool:
