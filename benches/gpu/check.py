@@ -33,7 +33,24 @@ ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "target" / "gpu-check"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # A few rows of each operation: a sanitizer makes everything many times slower.
-SANITIZED = "cuda_*"
+SANITIZED = [
+    "initialize.bf16_is_its_rounded_master",
+    "forward_and_backward.f32_f32_64_tokens_65_to_33_rank_8",
+    "forward_and_backward.bf16_f32_130_tokens_13_to_65_rank_12",
+    "forward_and_backward.bf16_f32_33_tokens_13_to_33_rank_5_with_gaps",
+    "forward_and_backward_with_dropout.bf16_f32_three_adapters*",
+    "delta_weight.f32_to_bf16*",
+    "merge_and_unmerge.f32_to_bf16*",
+    "gradient_factor.*",
+    "gradient_norm_says_what_is_not_finite.f32*",
+    "orthogonality.several_layers__f32*",
+    "update.bf16_gradients_f32_master_AdamW_and_importance",
+    "scores.f32",
+    "select.f32",
+    "set_pattern.f32",
+    "digest.f32",
+    "run.f32_with_events",
+]
 BENCH_SECONDS = 110
 
 
@@ -76,6 +93,8 @@ class Part:
             os.killpg(process.pid, 9)
             self.output, _ = process.communicate()
             self.outcome = f"failed: stopped after {left:.0f} s"
+        if self.outcome == "passed" and "[==========] 0 tests" in self.output:
+            self.outcome = "failed: no test was found"
         self.seconds = time.monotonic() - begin
         return self
 
@@ -113,9 +132,10 @@ def parts(device: str, software: Path) -> list[Part]:
             needs_gpu=True,
         ),
     ]
+    rows = "--gtest_filter=" + ":".join(f"cuda_{row}" for row in SANITIZED)
     for tool in SANITIZERS:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", operations]
-        found.append(Part(tool, [*command, f"--gtest_filter={SANITIZED}"], 150, needs_gpu=True))
+        found.append(Part(tool, [*command, rows], 150, needs_gpu=True))
     bench = [python, ROOT / "benches" / "gpu" / "bench.py", "--output", BUNDLE / "bench.json"]
     return [*found, Part("bench", bench, BENCH_SECONDS, needs_gpu=True)]
 

@@ -1,0 +1,73 @@
+"""The scripts that run on a GPU, as far as they go without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import adalora
+
+GPU = Path(__file__).resolve().parents[2] / "benches" / "gpu"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, GPU / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def measured(library: adalora.Library, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the benchmark says of tiny shapes on the CPU."""
+    pytest.importorskip("peft")
+    output = tmp_path_factory.mktemp("bench") / "bench.json"
+    command = [sys.executable, GPU / "bench.py", "--device", "cpu", "--seconds", "0.01", "--output", output]
+    run = subprocess.run(
+        command, env=os.environ | {"ADALORA_LIBRARY": library.path}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(output.read_text())
+
+
+def test_the_benchmark_times_every_operation_on_all_sides(measured: dict) -> None:
+    sides = {row["operation"]: set(row["ms"]) for row in measured["rows"]}
+    passes = {f"{side}{how}" for side in ("c", "torch", "peft", "lora") for how in ("", "_graph")}
+    update = {"c", "c_graph", "torch", "peft"}
+    assert sides == {
+        "forward": passes,
+        "forward_backward": passes,
+        "orthogonality": update,
+        "step": update,
+        "training_step": {"c_graph", "torch", "peft"},
+    }
+    assert all(ms > 0 for row in measured["rows"] for ms in row["ms"].values())
+
+
+def test_a_table_shows_what_was_measured(measured: dict) -> None:
+    table = script("table")
+    row = {"operation": "step", "layers": 24, "width": 4096, "rank": 12, "floor_ms": 1.5}
+    row["ms"] = {"c": 2.5, "c_graph": 2.0, "torch": 5.0, "peft": 40.0}
+    bench = measured | {"rows": [*measured["rows"], row], "date": "2026-01-01", "revision": "0123456789abcdef"}
+    text = table.render([{"card": "A card", "driver": "1.2", "bench": bench}])
+    assert text.startswith("A card, driver 1.2, PyTorch ")
+    assert "| `step` | 24 layers, width 4096, rank 12 | 2.000 | 75 % | 20.0 |  | 5.000 | 8.0 |\n" in text
+    assert len(text.splitlines()) == 4 + len(bench["rows"])
+
+
+def test_no_table_without_a_measurement() -> None:
+    assert script("table").render([{"card": "A card", "driver": "1.2", "parts": {}}]) == "Not yet measured on a GPU.\n"
+
+
+def test_pages_show_what_was_measured() -> None:
+    pages = script("table").pages()
+    assert pages
+    for page, (now, expected) in pages.items():
+        assert now == expected, f"{page}: run benches/gpu/table.py"
