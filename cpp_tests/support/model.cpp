@@ -142,7 +142,7 @@ adalora_slice_t Model::slice(const Owned& range) const {
   return slice;
 }
 
-void Model::bind(const std::vector<Owned>& owned) {
+adalora_status_t Model::try_to_bind(const std::vector<Owned>& owned) {
   std::vector<adalora_slice_t> slices;
   for (const Owned& range : owned) slices.push_back(slice(range));
   std::vector<adalora_hyper_t> hypers;
@@ -157,10 +157,12 @@ void Model::bind(const std::vector<Owned>& owned) {
   if (!state_) state_.emplace(backend_, state, static_cast<unsigned char>(0));
   // The earlier workspace is the allocator's until it is bound again.
   Buffer own(backend_, workspace);
-  require(adalora_allocator_bind(allocator_.get(), state_->data(), own.data(), slices.data(), sizeof(adalora_slice_t),
-                                 n, case_.moments ? hypers.data() : nullptr, sizeof(adalora_hyper_t),
-                                 case_.moments ? static_cast<int64_t>(hypers.size()) : 0, backend_.waiting_stream()));
-  workspace_ = std::move(own);
+  const adalora_status_t status =
+      adalora_allocator_bind(allocator_.get(), state_->data(), own.data(), slices.data(), sizeof(adalora_slice_t), n,
+                             case_.moments ? hypers.data() : nullptr, sizeof(adalora_hyper_t),
+                             case_.moments ? static_cast<int64_t>(hypers.size()) : 0, backend_.waiting_stream());
+  if (status == ADALORA_SUCCESS) workspace_ = std::move(own);
+  return status;
 }
 
 void Model::move() {

@@ -61,7 +61,8 @@ class Model {
   // Random parameters and gradients, everything else zero, all elements bound.
   Model(Backend& backend, adalora_context_t* context, const ModelCase& c, uint64_t seed = 1);
 
-  void bind(const std::vector<Owned>& owned);
+  void bind(const std::vector<Owned>& owned) { require(try_to_bind(owned)); }
+  adalora_status_t try_to_bind(const std::vector<Owned>& owned);
   // Everything, with all buffers at other addresses.
   void move();
   std::vector<Owned> everything() const;
