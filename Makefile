@@ -12,7 +12,7 @@ SANITIZED := target/$(TARGET)/release/libadalora.so
 VENV := target/venv
 INSTRUCTIONS := target/instructions
 PYTHON := $(VENV)/bin/python
-CUDA_TESTS := test_operations
+CUDA_TESTS := test_operations test_cuda test_faults
 GOLDEN := python_shim/tests/golden $(wildcard ../shared/golden)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
