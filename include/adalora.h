@@ -578,19 +578,31 @@ typedef struct adalora_context_desc_t {
   // CUDA: the device's number. CPU: 0.
   int32_t device;
   // CPU: how many threads compute, the calling one included; 0: as many as the process may run on. At most 1024.
+  // CUDA: 0.
   int32_t threads;
   // Must be 0.
   int32_t reserved;
-  // CUDA: a `cublasHandle_t` lent by the caller for the context's lifetime, or NULL for our own. CPU: NULL.
+  // CUDA: a `cublasHandle_t` of this device, lent by the caller for the context's lifetime, or NULL for our own.
+  // Calls that multiply wait for each other, and nobody else may use it meanwhile. Its stream, math mode and pointer
+  // mode are left as they were found; a workspace that was set on it cannot be read, and is cuBLAS's own afterwards.
+  // CPU: NULL.
   void *cublas_handle;
-  // CUDA: a folder in which to look for CUDA's libraries first, or NULL. CPU: NULL.
+  // CUDA: the folder in which `libcudart` and `libcublas` lie, or several separated by colons; they are taken from
+  // there and from nowhere else. NULL: those that the process has loaded already, else those of CUDA 13 or of CUDA
+  // 12 that the loader finds. CPU: NULL.
   const char *library_folder;
   // CPU: the caller's threads, or NULL for a pool of the context's own, which starts at the first computation.
+  // CUDA: NULL.
   adalora_parallel_fn parallel;
   // Receives messages, or NULL.
   adalora_log_fn log;
   // Handed to `log`.
   void *log_user;
+  // CUDA: 1 lets tensor cores round the operands of float32 products to TF32, which has 10 bits of fraction; 0 does
+  // not. CPU: 0.
+  int32_t tf32;
+  // Must be 0.
+  int32_t reserved_end;
 } adalora_context_desc_t;
 
 #ifdef __cplusplus

@@ -3,6 +3,7 @@
 use crate::backend::{self, Backend};
 use crate::error::{Error, Result};
 use crate::tensor::{Address, Region, Stream, disjoint};
+use std::ffi::OsString;
 use std::sync::Arc;
 
 /// Which backend is asked for.
@@ -39,6 +40,14 @@ pub struct Settings {
     pub parallel: Option<Parallel>,
     /// Receives messages.
     pub log: Option<Log>,
+    /// Number of the CUDA device.
+    pub device: i32,
+    /// The caller's cuBLAS handle.
+    pub cublas_handle: Option<Address>,
+    /// Where alone CUDA's libraries are looked for: folders, separated by colons.
+    pub library_folder: Option<OsString>,
+    /// Whether products of float32 may round to TF32.
+    pub tf32: bool,
 }
 
 /// A backend, kept alive by everything that was made from it.

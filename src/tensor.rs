@@ -49,6 +49,7 @@ impl std::fmt::Display for Dtype {
 
 /// An address in the memory of the context's backend. Only a backend turns it into a pointer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(transparent)]
 pub struct Address(pub usize);
 
 impl Address {

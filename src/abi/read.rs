@@ -11,8 +11,9 @@ use crate::context::{Kind as BackendKind, Level, Settings};
 use crate::error::{At, Error, Result, reserve};
 use crate::tensor::{self, Address, Buffer, Dtype, Stream};
 use arrayvec::ArrayVec;
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_void};
 use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
 
 /// No descriptor will ever be larger; what claims to be is not a descriptor.
 const LARGEST_DESCRIPTOR: usize = 1 << 16;
@@ -349,17 +350,38 @@ pub(super) unsafe fn context_settings(desc: *const ContextDesc) -> Result<Settin
         }
     };
     reserved(d.reserved, "desc.reserved")?;
-    if kind == BackendKind::Cpu {
-        if d.device != 0 {
-            return Err(Error::argument("desc.device", d.device, "0 on the CPU backend"));
+    reserved(d.reserved_end, "desc.reserved_end")?;
+    let tf32 = flag(d.tf32, "desc.tf32")?;
+    let cublas_handle = optional_address(d.cublas_handle);
+    let library_folder = (!d.library_folder.is_null()).then(|| {
+        // SAFETY: a zero-terminated text, as this function asks.
+        OsStr::from_bytes(unsafe { CStr::from_ptr(d.library_folder) }.to_bytes()).to_owned()
+    });
+    match kind {
+        BackendKind::Cpu => {
+            if d.device != 0 {
+                return Err(Error::argument("desc.device", d.device, "0 on the CPU backend"));
+            }
+            if cublas_handle.is_some() {
+                return Err(Error::argument("desc.cublas_handle", "a handle", "NULL on the CPU backend"));
+            }
+            if let Some(folder) = &library_folder {
+                return Err(Error::argument("desc.library_folder", folder.display(), "NULL on the CPU backend"));
+            }
+            if tf32 {
+                return Err(Error::argument("desc.tf32", d.tf32, "0 on the CPU backend"));
+            }
         }
-        if !d.cublas_handle.is_null() {
-            return Err(Error::argument("desc.cublas_handle", "a handle", "NULL on the CPU backend"));
-        }
-        if !d.library_folder.is_null() {
-            // SAFETY: a zero-terminated text, as this function asks.
-            let folder = unsafe { CStr::from_ptr(d.library_folder) }.to_string_lossy();
-            return Err(Error::argument("desc.library_folder", folder, "NULL on the CPU backend"));
+        BackendKind::Cuda => {
+            if d.device < 0 {
+                return Err(Error::argument("desc.device", d.device, "0 or more"));
+            }
+            if d.threads != 0 {
+                return Err(Error::argument("desc.threads", d.threads, "0 on the CUDA backend"));
+            }
+            if d.parallel.is_some() {
+                return Err(Error::argument("desc.parallel", "a function", "NULL on the CUDA backend"));
+            }
         }
     }
     let threads = usize::try_from(d.threads)
@@ -393,7 +415,7 @@ pub(super) unsafe fn context_settings(desc: *const ContextDesc) -> Result<Settin
             unsafe { log(std::ptr::with_exposed_provenance_mut(user), code, text) };
         })
     });
-    Ok(Settings { kind, threads, parallel, log })
+    Ok(Settings { kind, threads, parallel, log, device: d.device, cublas_handle, library_folder, tf32 })
 }
 
 /// The geometry of an adapter.

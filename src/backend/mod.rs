@@ -2,6 +2,7 @@
 //! has been checked.
 
 mod cpu;
+mod cuda;
 pub mod panics;
 
 use crate::adapter::{Combine, Geometry, Layout, Pass};
@@ -9,7 +10,7 @@ use crate::allocator::compaction::Compacted;
 use crate::allocator::state::State;
 use crate::allocator::{Binding, Model, StepSource};
 use crate::context::{Kind, Settings};
-use crate::error::{Code, Error, Result};
+use crate::error::Result;
 use crate::tensor::{Address, Matrix, Stream, Triplets};
 use std::sync::Arc;
 
@@ -129,9 +130,6 @@ pub trait BoundAllocator: Send + Sync {
 pub fn create(settings: Settings) -> Result<Arc<dyn Backend>> {
     match settings.kind {
         Kind::Cpu => Ok(Arc::new(cpu::Cpu::new(settings))),
-        Kind::Cuda => Err(Error::new(
-            Code::BackendUnavailable,
-            "desc.backend: found ADALORA_BACKEND_CUDA, expected ADALORA_BACKEND_CPU: this library was built without CUDA",
-        )),
+        Kind::Cuda => Ok(Arc::new(cuda::Cuda::new(&settings)?)),
     }
 }

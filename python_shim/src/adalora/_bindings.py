@@ -640,19 +640,31 @@ class adalora_context_desc_t(Structure):
         # CUDA: the device's number. CPU: 0.
         ("device", c_int32),
         # CPU: how many threads compute, the calling one included; 0: as many as the process may run on. At most 1024.
+        # CUDA: 0.
         ("threads", c_int32),
         # Must be 0.
         ("reserved", c_int32),
-        # CUDA: a `cublasHandle_t` lent by the caller for the context's lifetime, or NULL for our own. CPU: NULL.
+        # CUDA: a `cublasHandle_t` of this device, lent by the caller for the context's lifetime, or NULL for our own.
+        # Calls that multiply wait for each other, and nobody else may use it meanwhile. Its stream, math mode and
+        # pointer mode are left as they were found; a workspace that was set on it cannot be read, and is cuBLAS's own
+        # afterwards. CPU: NULL.
         ("cublas_handle", c_void_p),
-        # CUDA: a folder in which to look for CUDA's libraries first, or NULL. CPU: NULL.
+        # CUDA: the folder in which `libcudart` and `libcublas` lie, or several separated by colons; they are taken from
+        # there and from nowhere else. NULL: those that the process has loaded already, else those of CUDA 13 or of CUDA
+        # 12 that the loader finds. CPU: NULL.
         ("library_folder", c_char_p),
         # CPU: the caller's threads, or NULL for a pool of the context's own, which starts at the first computation.
+        # CUDA: NULL.
         ("parallel", adalora_parallel_fn),
         # Receives messages, or NULL.
         ("log", adalora_log_fn),
         # Handed to `log`.
         ("log_user", c_void_p),
+        # CUDA: 1 lets tensor cores round the operands of float32 products to TF32, which has 10 bits of fraction; 0
+        # does not. CPU: 0.
+        ("tf32", c_int32),
+        # Must be 0.
+        ("reserved_end", c_int32),
     ]
 
 

@@ -38,6 +38,8 @@ impl World {
             parallel: self.threads.parallel,
             log: None,
             log_user: std::ptr::null_mut(),
+            tf32: 0,
+            reserved_end: 0,
         };
         let heard = self.messages.load(Ordering::Relaxed);
         let listens = c.chance(50);
@@ -47,7 +49,7 @@ impl World {
         }
         let (mut null, mut sizes, mut no_slot) = (false, None, false);
         if let Some(w) = w {
-            match w.below(9) {
+            match w.below(11) {
                 0 => (null, ()) = (true, expect.argument("desc")),
                 1 => (sizes, ()) = (Some(0), ()),
                 2 => (no_slot, ()) = (true, expect.argument("context")),
@@ -56,6 +58,8 @@ impl World {
                 5 => (d.threads, ()) = (w.pick(&[-1, 1025, i32::MIN]), expect.argument("desc.threads")),
                 6 => (d.reserved, ()) = (w.pick(&[1, -1]), expect.argument("desc.reserved")),
                 7 => (d.cublas_handle, ()) = (16 as *mut c_void, expect.argument("desc.cublas_handle")),
+                8 => (d.tf32, ()) = (w.pick(&[1, 2, -1]), expect.argument("desc.tf32")),
+                9 => (d.reserved_end, ()) = (w.pick(&[1, -1]), expect.argument("desc.reserved_end")),
                 _ => (d.library_folder, ()) = (c"/nowhere".as_ptr(), expect.argument("desc.library_folder")),
             }
         }
