@@ -796,3 +796,1224 @@ KERNEL(gradient_factor, GradientFactor) {
 }
 
 // ---- The allocator -----------------------------------------------------------------------------------------------
+
+namespace {
+namespace allocator {
+
+constexpr int WARPS = THREADS / 32;
+
+// A state begins with it; clocks and pattern follow.
+struct Header {
+  uint64_t magic, model;
+  int64_t last_step, steps, skipped, irregular, selections, flags;
+};
+static_assert(sizeof(Header) == 64);
+enum : int64_t { HAS_PATTERN = 1, IS_FINAL = 2 };
+
+enum : int32_t { FACTOR_A = 0, FACTOR_E = 1, FACTOR_B = 2 };
+
+// Some elements of a factor that this process owns: never none.
+struct Slice {
+  void *p, *p_low, *g, *m, *v, *exp_avg_ipt, *exp_avg_unc;
+  const double *lr, *weight_decay;
+  double beta1, beta2, eps;
+  int64_t begin, end;
+  int32_t adapter, factor;
+  int32_t p_dtype, low_dtype, g_dtype, state_dtype;
+  int32_t replica;
+  // Four elements of every array can be read at once.
+  int32_t aligned;
+};
+static_assert(sizeof(Slice) == 144);
+
+// A run of elements of a slice, counted from the slice's first.
+struct Chunk {
+  int64_t begin;
+  int32_t count, slice;
+};
+static_assert(sizeof(Chunk) == 16);
+
+// One more follows the last, in which the firsts are the ends.
+struct Adapter {
+  int64_t input, output, rank;
+  int64_t first_triplet;
+  // Elements of the Gram buffer before A's matrix, which B's follows.
+  int64_t gram;
+  // Rows of B that one block adds up for scores; blocks and sums before this adapter's.
+  int64_t score_rows, score_block, score_part;
+  // First slices of A, E, B, and one past the last.
+  int32_t slices[4];
+  int32_t is_float64, reserved;
+};
+static_assert(sizeof(Adapter) == 88);
+
+// What is computed with A and with B of each adapter in turn; one more follows the last.
+struct Factor {
+  // Columns that one block multiplies; blocks and products before this factor's.
+  int64_t gram_columns, gram_block, gram_part;
+  int64_t distance_block, penalty_block;
+};
+static_assert(sizeof(Factor) == 40);
+
+enum : int32_t { PATTERN_STAYS = 0, PATTERN_CHOSEN = 1, PATTERN_GIVEN = 2, PATTERN_ONES = 3 };
+enum : int32_t { CLOCKS_STAY = 0, CLOCKS_ADVANCE = 1, CLOCKS_ZERO = 2 };
+enum : int32_t { CLEARS_NOTHING = 0, CLEARS_AVERAGES = 1, CLEARS_MOMENTS_TOO = 2 };
+
+// What a call does, decided by its first launch and done by the others; the last one makes `next` the state's header.
+struct Plan {
+  Header next;
+  double factor;
+  int64_t budget;
+  int32_t updates, takes_importance;
+  int32_t chooses, clears, masks;
+  int32_t pattern, clocks;
+  int32_t reserved;
+};
+static_assert(sizeof(Plan) == 112);
+
+// What AdamW multiplies by, rounded once.
+template <class T>
+struct Rates {
+  T decay, beta1, rest1, beta2, rest2, step_size, root_of_bias2, eps;
+};
+struct SliceRates {
+  Rates<float> single;
+  Rates<double> whole;
+};
+static_assert(sizeof(SliceRates) == 96);
+
+template <class T>
+__device__ inline const Rates<T>& rates_of(const SliceRates& rates);
+template <>
+__device__ inline const Rates<float>& rates_of<float>(const SliceRates& rates) {
+  return rates.single;
+}
+template <>
+__device__ inline const Rates<double>& rates_of<double>(const SliceRates& rates) {
+  return rates.whole;
+}
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+
+__device__ inline float root(float x) { return sqrtf(x); }
+__device__ inline double root(double x) { return sqrt(x); }
+__device__ inline float magnitude(float x) { return fabsf(x); }
+__device__ inline double magnitude(double x) { return fabs(x); }
+
+// The largest number in place of infinity and NaN.
+__device__ inline float capped(float x) { return x < FLT_LARGEST ? x : FLT_LARGEST; }
+__device__ inline double capped(double x) { return x < DBL_LARGEST ? x : DBL_LARGEST; }
+
+__device__ inline uint64_t double_to_bits(double value) {
+#ifdef __CUDACC_RTC__
+  return uint64_t(__double_as_longlong(value));
+#else
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+__device__ inline bool is_finite(float x) { return (float_to_bits(x) & 0x7f800000u) != 0x7f800000u; }
+__device__ inline bool is_finite(double x) {
+  return (double_to_bits(x) & 0x7ff0000000000000ull) != 0x7ff0000000000000ull;
+}
+
+__device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+__device__ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The sum over a warp, in its first lane.
+template <class T>
+__device__ inline T warp_sum(T value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(ALL_LANES, value, offset);
+  return value;
+}
+
+// The sum over a block, in every thread; `shared` has a place for each warp.
+template <class T>
+__device__ inline T block_sum(T value, T* shared) {
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  T sum = 0;
+  for (int warp = 0; warp < WARPS; ++warp) sum += shared[warp];
+  __syncthreads();
+  return sum;
+}
+
+// The sum over this thread and those before it.
+__device__ inline uint64_t block_scan(uint64_t value, uint64_t* shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint64_t before = __shfl_sync(ALL_LANES, value, (lane - offset) & 31);
+    if (lane >= offset) value += before;
+  }
+  if (lane == 31) shared[warp] = value;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) value += shared[w];
+  __syncthreads();
+  return value;
+}
+
+// The last of n + 1 rising numbers, `stride` apart, that is not above `value`.
+__device__ inline int64_t last_up_to(const int64_t* first, int64_t stride, int64_t n, int64_t value) {
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (first[middle * stride] <= value) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+// The first of the slices low..high that ends past an element.
+__device__ inline int32_t first_slice_past(const Slice* slices, int32_t low, int32_t high, int64_t element) {
+  while (low < high) {
+    const int32_t middle = low + (high - low) / 2;
+    if (slices[middle].end > element) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
+// Four elements that lie side by side.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T x[4];
+};
+
+template <class T>
+__device__ inline Four<T> four(const void* from, int64_t at) {
+  return *reinterpret_cast<const Four<T>*>(static_cast<const T*>(from) + at);
+}
+
+// ---- Norm
+
+struct SquaresArguments {
+  const Slice* slices;
+  const Chunk* chunks;
+  const uint8_t* has_grad;
+  double* sums;
+  uint32_t* not_finite;
+  int64_t with_replicas;
+};
+static_assert(sizeof(SquaresArguments) == 48);
+
+template <class T>
+__device__ inline void add_square(T x, double& sum, uint32_t& not_finite) {
+  sum += double(x) * double(x);
+  not_finite |= is_finite(x) ? 0u : 1u;
+}
+
+template <class G>
+__device__ inline void add_squares(const G* g, int32_t count, bool aligned, double& sum, uint32_t& not_finite) {
+  int32_t done = 0;
+  if (aligned) {
+    for (int32_t i = threadIdx.x; i < count / 4; i += THREADS) {
+      const Four<G> values = four<G>(g, int64_t(i) * 4);
+      UNROLL for (int k = 0; k < 4; ++k) add_square(widen(values.x[k]), sum, not_finite);
+    }
+    done = count / 4 * 4;
+  }
+  for (int32_t i = done + threadIdx.x; i < count; i += THREADS) add_square(widen(g[i]), sum, not_finite);
+}
+
+struct NormArguments {
+  const double* sums;
+  const uint32_t* not_finite;
+  int64_t n_chunks;
+  double* sum_of_squares;
+  float* found_inf;
+};
+static_assert(sizeof(NormArguments) == 40);
+
+// ---- Plan
+
+enum : int32_t { UPDATE = 1, SELECT = 2, FINALIZE = 4, RESET = 8, SET_PATTERN = 16 };
+
+struct PlanArguments {
+  Plan* plan;
+  const Header* header;
+  const int64_t* step;
+  const double* grad_factor;
+  const float* found_inf;
+  // Of the chunks' gradients, where found_inf does not say it.
+  const uint32_t* not_finite;
+  int64_t n_chunks;
+  // At each multiple of delta_t after tinit, up to the end.
+  const int64_t* budgets;
+  int64_t tinit, end, delta_t, target;
+  uint64_t model;
+  int64_t fresh_flags;
+  const Slice* slices;
+  const int64_t* clocks;
+  SliceRates* rates;
+  int64_t n_slices;
+  int32_t operation, with_adamw, in_float32, is_final;
+};
+static_assert(sizeof(PlanArguments) == 160);
+
+template <class T>
+__device__ inline Rates<T> rates(const Slice& slice, int64_t k) {
+  const double lr = *slice.lr, weight_decay = *slice.weight_decay;
+  const double bias1 = 1.0 - pow(slice.beta1, double(k)), bias2 = 1.0 - pow(slice.beta2, double(k));
+  return {T(1.0 - lr * weight_decay), T(slice.beta1), T(1.0 - slice.beta1), T(slice.beta2),
+          T(1.0 - slice.beta2),       T(lr / bias1),  T(sqrt(bias2)),       T(slice.eps)};
+}
+
+__device__ inline Plan decide(const PlanArguments& args, bool not_finite) {
+  Plan plan{};
+  plan.next = *args.header;
+  Header& next = plan.next;
+  const bool was_final = (next.flags & IS_FINAL) != 0;
+  const auto choose = [&](int64_t budget) {
+    plan.chooses = 1;
+    plan.budget = budget;
+    plan.pattern = PATTERN_CHOSEN;
+    next.flags |= HAS_PATTERN;
+    ++next.selections;
+  };
+  const auto fix = [&] {
+    plan.clears = CLEARS_AVERAGES;
+    next.flags |= IS_FINAL;
+  };
+  if (args.operation & UPDATE) {
+    plan.factor = args.grad_factor ? *args.grad_factor : 1.0;
+    // Also where it is NaN.
+    const bool found = args.found_inf ? !(*args.found_inf <= 0.0f) : not_finite;
+    if (found || !is_finite(plan.factor) || (args.in_float32 && !is_finite(float(plan.factor)))) {
+      ++next.skipped;
+    } else {
+      plan.updates = 1;
+      plan.takes_importance = *args.step < args.end && !was_final;
+      plan.clocks = args.with_adamw ? CLOCKS_ADVANCE : CLOCKS_STAY;
+    }
+  }
+  if (args.operation & SELECT) {
+    const int64_t step = *args.step;
+    const bool reached = step >= args.end;
+    const bool falls = step > args.end || (step > args.tinit && step % args.delta_t == 0);
+    if (!was_final && reached) {
+      choose(args.target);
+      fix();
+    } else if (!was_final && falls) {
+      choose(args.budgets[step / args.delta_t - args.tinit / args.delta_t - 1]);
+    }
+    next.irregular += next.steps > 0 && step <= next.last_step;
+    ++next.steps;
+    next.last_step = step;
+    plan.masks = (next.flags & HAS_PATTERN) && (falls || (next.flags & IS_FINAL));
+  }
+  if ((args.operation & FINALIZE) && !was_final) {
+    choose(args.target);
+    fix();
+    plan.masks = 1;
+  }
+  if (args.operation & RESET) {
+    next = Header{next.magic, args.model, 0, 0, 0, 0, 0, args.fresh_flags};
+    plan.clears = CLEARS_MOMENTS_TOO;
+    plan.pattern = PATTERN_ONES;
+    plan.clocks = CLOCKS_ZERO;
+  }
+  if (args.operation & SET_PATTERN) {
+    plan.pattern = PATTERN_GIVEN;
+    next.flags |= HAS_PATTERN;
+    if (args.is_final) fix();
+    plan.masks = 1;
+  }
+  return plan;
+}
+
+// ---- Update
+
+struct UpdateArguments {
+  const Plan* plan;
+  const Slice* slices;
+  const Chunk* chunks;
+  const SliceRates* rates;
+  const uint8_t* has_grad;
+  // Importance's.
+  double beta1, rest1, beta2, rest2;
+  int64_t with_adamw;
+};
+static_assert(sizeof(UpdateArguments) == 80);
+
+// What an update does to each element of a chunk.
+template <class T>
+struct Change {
+  Rates<T> adamw;
+  T factor;
+  T beta1, rest1, beta2, rest2;
+  bool has_grad, steps, smooths;
+};
+
+template <class T>
+struct Element {
+  T p, g, m, v, ipt, unc;
+};
+
+__device__ inline double rounded(double value, int32_t) { return value; }
+__device__ inline float rounded(float value, int32_t dtype) {
+  if (dtype == BFLOAT16) return widen(narrow<bfloat16>(value));
+  if (dtype == FLOAT16) return widen(narrow<float16>(value));
+  return value;
+}
+
+template <class T>
+__device__ inline void advance(const Change<T>& change, int32_t p_dtype, Element<T>& e) {
+  const T g = e.g * change.factor;
+  if (change.steps) {
+    const Rates<T>& r = change.adamw;
+    e.m = r.beta1 * e.m + r.rest1 * g;
+    e.v = r.beta2 * e.v + r.rest2 * g * g;
+    // Importance sees what the forward pass will read.
+    e.p = rounded(e.p * r.decay - r.step_size * e.m / (root(e.v) / r.root_of_bias2 + r.eps), p_dtype);
+  }
+  if (change.smooths) {
+    const T now = change.has_grad ? capped(magnitude(e.p * g)) : T(0);
+    const T ipt = capped(change.beta1 * e.ipt + change.rest1 * now);
+    e.unc = capped(change.beta2 * e.unc + change.rest2 * magnitude(now - ipt));
+    e.ipt = ipt;
+  }
+}
+
+template <class T>
+__device__ inline void update_one(const Change<T>& change, const Slice& slice, int64_t at) {
+  Element<T> e{};
+  T *m = static_cast<T*>(slice.m) + at, *v = static_cast<T*>(slice.v) + at;
+  T *ipt = static_cast<T*>(slice.exp_avg_ipt) + at, *unc = static_cast<T*>(slice.exp_avg_unc) + at;
+  if (change.has_grad) {
+    e.p = load<T>(slice.p, slice.p_dtype, at);
+    e.g = load<T>(slice.g, slice.g_dtype, at);
+  }
+  if (change.steps) {
+    e.m = *m;
+    e.v = *v;
+  }
+  if (change.smooths) {
+    e.ipt = *ipt;
+    e.unc = *unc;
+  }
+  advance(change, slice.p_dtype, e);
+  if (change.steps) {
+    store<T>(slice.p, slice.p_dtype, at, e.p);
+    if (slice.p_low) store<T>(slice.p_low, slice.low_dtype, at, e.p);
+    *m = e.m;
+    *v = e.v;
+  }
+  if (change.smooths) {
+    *ipt = e.ipt;
+    *unc = e.unc;
+  }
+}
+
+// Four elements of a type of 2 or 4 bytes, as they lie: so that all loads are on their way before the first is needed.
+struct Raw {
+  uint32_t words[4];
+};
+
+__device__ inline bool is_half(int32_t dtype) { return dtype == BFLOAT16 || dtype == FLOAT16; }
+
+__device__ inline Raw load_raw(const void* from, int32_t dtype, int64_t at) {
+  if (is_half(dtype)) {
+    const Four<uint16_t> halves = four<uint16_t>(from, at);
+    return {{halves.x[0], halves.x[1], halves.x[2], halves.x[3]}};
+  }
+  const Four<uint32_t> words = four<uint32_t>(from, at);
+  return {{words.x[0], words.x[1], words.x[2], words.x[3]}};
+}
+
+__device__ inline float widen_raw(uint32_t word, int32_t dtype) {
+  if (dtype == BFLOAT16) return widen(bfloat16{uint16_t(word)});
+  if (dtype == FLOAT16) return widen(float16{uint16_t(word)});
+  return bits_to_float(word);
+}
+
+__device__ inline void store_four(void* to, int32_t dtype, int64_t at, const float* values) {
+  if (is_half(dtype)) {
+    Four<uint16_t> halves;
+    UNROLL for (int k = 0; k < 4; ++k)
+      halves.x[k] = dtype == BFLOAT16 ? narrow<bfloat16>(values[k]).bits : narrow<float16>(values[k]).bits;
+    *reinterpret_cast<Four<uint16_t>*>(static_cast<uint16_t*>(to) + at) = halves;
+  } else {
+    *reinterpret_cast<Four<float>*>(static_cast<float*>(to) + at) = {{values[0], values[1], values[2], values[3]}};
+  }
+}
+
+__device__ inline void update_four(const Change<float>& change, const Slice& slice, int64_t at) {
+  Raw p{}, g{}, m{}, v{}, ipt{}, unc{};
+  if (change.has_grad) {
+    p = load_raw(slice.p, slice.p_dtype, at);
+    g = load_raw(slice.g, slice.g_dtype, at);
+  }
+  if (change.steps) {
+    m = load_raw(slice.m, FLOAT32, at);
+    v = load_raw(slice.v, FLOAT32, at);
+  }
+  if (change.smooths) {
+    ipt = load_raw(slice.exp_avg_ipt, FLOAT32, at);
+    unc = load_raw(slice.exp_avg_unc, FLOAT32, at);
+  }
+  float to[6][4];
+  UNROLL for (int k = 0; k < 4; ++k) {
+    Element<float> e{widen_raw(p.words[k], slice.p_dtype), widen_raw(g.words[k], slice.g_dtype),
+                     bits_to_float(m.words[k]),            bits_to_float(v.words[k]),
+                     bits_to_float(ipt.words[k]),          bits_to_float(unc.words[k])};
+    advance(change, slice.p_dtype, e);
+    to[0][k] = e.p;
+    to[1][k] = e.m;
+    to[2][k] = e.v;
+    to[3][k] = e.ipt;
+    to[4][k] = e.unc;
+  }
+  if (change.steps) {
+    store_four(slice.p, slice.p_dtype, at, to[0]);
+    if (slice.p_low) store_four(slice.p_low, slice.low_dtype, at, to[0]);
+    store_four(slice.m, FLOAT32, at, to[1]);
+    store_four(slice.v, FLOAT32, at, to[2]);
+  }
+  if (change.smooths) {
+    store_four(slice.exp_avg_ipt, FLOAT32, at, to[3]);
+    store_four(slice.exp_avg_unc, FLOAT32, at, to[4]);
+  }
+}
+
+template <class T>
+__device__ inline Change<T> change_of(const UpdateArguments& args, const Chunk& chunk, bool has_grad) {
+  Change<T> change{};
+  change.has_grad = has_grad;
+  change.steps = args.with_adamw && has_grad;
+  change.smooths = args.plan->takes_importance != 0;
+  if (change.steps) change.adamw = rates_of<T>(args.rates[chunk.slice]);
+  change.factor = T(args.plan->factor);
+  change.beta1 = T(args.beta1);
+  change.rest1 = T(args.rest1);
+  change.beta2 = T(args.beta2);
+  change.rest2 = T(args.rest2);
+  return change;
+}
+
+// ---- Scores
+
+struct ScoresArguments {
+  // Scores are written where it chooses; NULL: always.
+  const Plan* plan;
+  const Adapter* adapters;
+  const Slice* slices;
+  const uint32_t* adapter_of;
+  double* parts;
+  double* scores;
+  int64_t n_adapters, n_triplets;
+};
+static_assert(sizeof(ScoresArguments) == 64);
+
+__device__ inline double score(const Slice& slice, int64_t at) {
+  return capped(load<double>(slice.exp_avg_ipt, slice.state_dtype, at) *
+                load<double>(slice.exp_avg_unc, slice.state_dtype, at));
+}
+
+// What the lanes of a warp find between two elements of a slice.
+__device__ inline double lane_scores(const Slice& slice, int64_t begin, int64_t end) {
+  const int64_t lane = threadIdx.x % 32;
+  double sum = 0.0;
+  if (slice.aligned && slice.state_dtype == FLOAT32 && begin % 4 == 0) {
+    const int64_t fours = (end - begin) / 4;
+    for (int64_t i = lane; i < fours; i += 32) {
+      const Four<float> ipt = four<float>(slice.exp_avg_ipt, begin + 4 * i);
+      const Four<float> unc = four<float>(slice.exp_avg_unc, begin + 4 * i);
+      UNROLL for (int k = 0; k < 4; ++k) sum += double(ipt.x[k]) * double(unc.x[k]);
+    }
+    begin += 4 * fours;
+  }
+  for (int64_t at = begin + lane; at < end; at += 32) sum += score(slice, at);
+  return sum;
+}
+
+// ---- Selection
+
+struct SelectArguments {
+  const Plan* plan;
+  const double* scores;
+  const Adapter* adapters;
+  const uint32_t* adapter_of;
+  uint8_t* chosen;
+  int64_t n_triplets;
+  int64_t in_parameters;
+};
+static_assert(sizeof(SelectArguments) == 56);
+
+// A number whose order is the score's; -0 and 0 are a tie.
+__device__ inline uint64_t key_of(double score) {
+  constexpr uint64_t SIGN = 0x8000000000000000ull;
+  const uint64_t bits = double_to_bits(score);
+  if (bits == SIGN) return SIGN;
+  return bits & SIGN ? ~bits : bits | SIGN;
+}
+
+__device__ inline uint64_t weight_of(const SelectArguments& args, int64_t triplet) {
+  if (!args.in_parameters) return 1;
+  const Adapter& adapter = args.adapters[args.adapter_of[triplet]];
+  return uint64_t(adapter.input + adapter.output + 1);
+}
+
+// ---- The end of a call
+
+struct FinishArguments {
+  const Plan* plan;
+  Header* header;
+  int64_t* clocks;
+  uint8_t* pattern;
+  const uint8_t* chosen;
+  const uint8_t* given;
+  const uint8_t* has_grad;
+  const Adapter* adapters;
+  const Slice* slices;
+  const Chunk* chunks;
+  int64_t n_chunks, n_adapters, n_triplets;
+};
+static_assert(sizeof(FinishArguments) == 104);
+
+__device__ inline bool is_kept(const FinishArguments& args, int64_t triplet) {
+  switch (args.plan->pattern) {
+    case PATTERN_CHOSEN: return args.chosen[triplet] != 0;
+    case PATTERN_GIVEN: return args.given[triplet] != 0;
+    case PATTERN_ONES: return true;
+    default: return args.pattern[triplet] != 0;
+  }
+}
+
+__device__ inline void zero(void* array, int32_t dtype, const Chunk& chunk) {
+  for (int32_t i = threadIdx.x; i < chunk.count; i += THREADS) store<double>(array, dtype, chunk.begin + i, 0.0);
+}
+
+// ---- Orthogonality
+
+// Rows of a factor P, which is A, or B transposed, that a block multiplies by each other, and columns at a time.
+constexpr int TILE = 32;
+constexpr int COLUMNS = 64;
+constexpr int PITCH = COLUMNS + 1;
+// Columns over which products are added in the compute type.
+constexpr int PANEL = 256;
+
+// The slice in which a thread looks for elements of a factor.
+struct Owner {
+  const Slice* slices;
+  int32_t low, high;
+  const Slice* slice;
+
+  // Whether there is one with that element, and which.
+  __device__ inline bool find(int64_t element) {
+    if (slice && element >= slice->begin && element < slice->end) return true;
+    const int32_t i = first_slice_past(slices, low, high, element);
+    slice = i < high ? slices + i : nullptr;
+    return slice && element >= slice->begin;
+  }
+};
+
+// A factor of an adapter, and the block's place in it.
+struct Place {
+  const Adapter* adapter;
+  const Factor* factor;
+  bool is_b;
+  int64_t rank, columns;
+  // The block among those of the factor.
+  uint32_t block;
+
+  __device__ inline Owner owner(const Slice* slices) const {
+    const int32_t matrix = is_b ? FACTOR_B : FACTOR_A;
+    return {slices, adapter->slices[matrix], adapter->slices[matrix + 1], nullptr};
+  }
+  __device__ inline int64_t element(int64_t row, int64_t column) const {
+    return is_b ? column * rank + row : row * columns + column;
+  }
+  __device__ inline int64_t gram() const { return adapter->gram + (is_b ? rank * rank : 0); }
+};
+
+__device__ inline Place place_of(const Adapter* adapters, const Factor* factors, int64_t n_factors,
+                                 const int64_t* first_block, int64_t block) {
+  const int64_t f = last_up_to(first_block, sizeof(Factor) / sizeof(int64_t), n_factors, block);
+  Place place;
+  place.adapter = adapters + f / 2;
+  place.factor = factors + f;
+  place.is_b = f % 2 != 0;
+  place.rank = place.adapter->rank;
+  place.columns = place.is_b ? place.adapter->output : place.adapter->input;
+  place.block = uint32_t(block - first_block[f * int64_t(sizeof(Factor) / sizeof(int64_t))]);
+  return place;
+}
+
+// Number i of a tile's elements, in the order in which they lie: row and column in the tile.
+__device__ inline void tile_element(bool is_b, int i, int rows, int& row, int& column) {
+  if (is_b) {
+    column = i / rows;
+    row = i % rows;
+  } else {
+    row = i / COLUMNS;
+    column = i % COLUMNS;
+  }
+}
+
+// Some rows and columns of P as a block's tile; 0 where P ends, and where another process owns or counts it.
+template <class T>
+__device__ inline void load_tile(const Place& place, Owner& owner, int64_t first_row, int64_t first_column,
+                                 int64_t end_column, bool with_replicas, T* tile) {
+  const int rows = int(smaller(TILE, place.rank - first_row));
+  for (int i = threadIdx.x; i < TILE * COLUMNS; i += THREADS) {
+    int row, column;
+    tile_element(place.is_b, i, place.is_b ? rows : TILE, row, column);
+    if (column >= COLUMNS) break;
+    T value = 0;
+    if (row < rows && first_column + column < end_column) {
+      const int64_t element = place.element(first_row + row, first_column + column);
+      if (owner.find(element) && (with_replicas || !owner.slice->replica))
+        value = load<T>(owner.slice->p, owner.slice->p_dtype, element - owner.slice->begin);
+    }
+    tile[row * PITCH + column] = value;
+  }
+}
+
+struct GramArguments {
+  const Adapter* adapters;
+  const Factor* factors;
+  const Slice* slices;
+  double* parts;
+  int64_t n_factors;
+};
+static_assert(sizeof(GramArguments) == 40);
+
+template <class T>
+__device__ inline void gram_tile(const GramArguments& args, const Place& place, T* left, T* right) {
+  const int64_t rank = place.rank;
+  const uint32_t tiles = uint32_t(ceil_div(rank, TILE)), pairs = tiles * (tiles + 1) / 2;
+  const uint32_t split = place.block / pairs;
+  uint32_t up = 0, across = place.block % pairs;
+  while (across >= tiles - up) across -= tiles - up++;
+  across += up;
+  const bool same = up == across;
+  const int64_t begin = split * place.factor->gram_columns;
+  const int64_t end = smaller(place.columns, begin + place.factor->gram_columns);
+  const int i = threadIdx.x / 16, j = threadIdx.x % 16;
+  const T* other = same ? left : right;
+  Owner owner = place.owner(args.slices);
+  double sums[4] = {0.0, 0.0, 0.0, 0.0};
+  for (int64_t panel = begin; panel < end; panel += PANEL) {
+    const int64_t panel_end = smaller(end, panel + PANEL);
+    T part[4] = {0, 0, 0, 0};
+    for (int64_t column = panel; column < panel_end; column += COLUMNS) {
+      load_tile(place, owner, int64_t(up) * TILE, column, panel_end, false, left);
+      if (!same) load_tile(place, owner, int64_t(across) * TILE, column, panel_end, false, right);
+      __syncthreads();
+      for (int c = 0; c < COLUMNS; ++c) {
+        const T l0 = left[i * PITCH + c], l1 = left[(i + 16) * PITCH + c];
+        const T r0 = other[j * PITCH + c], r1 = other[(j + 16) * PITCH + c];
+        part[0] += l0 * r0;
+        part[1] += l0 * r1;
+        part[2] += l1 * r0;
+        part[3] += l1 * r1;
+      }
+      __syncthreads();
+    }
+    for (int k = 0; k < 4; ++k) sums[k] += double(part[k]);
+  }
+  double* to = args.parts + place.factor->gram_part + split * rank * rank;
+  for (int k = 0; k < 4; ++k) {
+    const int64_t row = int64_t(up) * TILE + i + k / 2 * 16, column = int64_t(across) * TILE + j + k % 2 * 16;
+    if (row < rank && column < rank) to[row * rank + column] = sums[k];
+  }
+}
+
+struct DistanceArguments {
+  const Adapter* adapters;
+  const Factor* factors;
+  // NULL: the Gram matrices are given.
+  const double* parts;
+  double* gram;
+  double* distances;
+  int64_t n_factors;
+};
+static_assert(sizeof(DistanceArguments) == 48);
+
+// Elements of a Gram matrix whose distance from the identity's one block adds up.
+constexpr int64_t DISTANCE_ELEMENTS = 4096;
+
+struct PenaltyArguments {
+  const Adapter* adapters;
+  const Factor* factors;
+  const Slice* slices;
+  const double* gram;
+  const double* distances;
+  const double* factor;
+  double* value;
+  double share;
+  int64_t n_factors, n_blocks;
+};
+static_assert(sizeof(PenaltyArguments) == 80);
+
+template <class T>
+__device__ inline void penalty_tile(const PenaltyArguments& args, const Place& place, double coefficient,
+                                    T* coefficients, T* tile) {
+  static_assert(THREADS == 4 * COLUMNS);
+  constexpr int EACH = TILE / 4;
+  const int row = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+  const int64_t rank = place.rank;
+  const uint32_t tiles = uint32_t(ceil_div(rank, TILE));
+  const int64_t first_row = int64_t(place.block % tiles) * TILE, first_column = int64_t(place.block / tiles) * COLUMNS;
+  const int rows = int(smaller(TILE, rank - first_row));
+  const double* gram = args.gram + place.gram();
+  Owner owner = place.owner(args.slices);
+  T sums[EACH];
+  for (int k = 0; k < EACH; ++k) sums[k] = 0;
+  for (int64_t across = 0; across < rank; across += TILE) {
+    const int n = int(smaller(TILE, rank - across));
+    const int j = threadIdx.x % TILE;
+    for (int i = threadIdx.x / TILE; i < rows && j < n; i += THREADS / TILE) {
+      const double one = first_row + i == across + j ? 1.0 : 0.0;
+      const double distance = gram[(first_row + i) * rank + across + j] - one;
+      coefficients[i * (TILE + 1) + j] = T(distance * coefficient);
+    }
+    load_tile(place, owner, across, first_column, place.columns, true, tile);
+    __syncthreads();
+    for (int other = 0; other < n; ++other) {
+      const T p = tile[other * PITCH + column];
+      UNROLL for (int k = 0; k < EACH; ++k)
+        if (row + 4 * k < rows) sums[k] += coefficients[(row + 4 * k) * (TILE + 1) + other] * p;
+    }
+    __syncthreads();
+  }
+  UNROLL for (int k = 0; k < EACH; ++k) tile[(row + 4 * k) * PITCH + column] = sums[k];
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * COLUMNS; i += THREADS) {
+    int of_row, of_column;
+    tile_element(place.is_b, i, rows, of_row, of_column);
+    if (first_column + of_column >= place.columns) continue;
+    const int64_t element = place.element(first_row + of_row, first_column + of_column);
+    if (!owner.find(element)) continue;
+    const Slice& slice = *owner.slice;
+    const int64_t at = element - slice.begin;
+    store<T>(slice.g, slice.g_dtype, at, load<T>(slice.g, slice.g_dtype, at) + tile[of_row * PITCH + of_column]);
+  }
+}
+
+// ---- Digest
+
+struct DigestArguments {
+  const Header* header;
+  const uint8_t* pattern;
+  int64_t n_triplets;
+  uint64_t* digest;
+};
+static_assert(sizeof(DigestArguments) == 32);
+
+constexpr uint64_t FNV_BASIS = 0xcbf29ce484222325ull;
+constexpr uint64_t FNV_PRIME = 0x00000100000001b3ull;
+
+__device__ inline uint64_t fnv(uint64_t hash, uint64_t number) {
+  for (int byte = 0; byte < 8; ++byte) hash = (hash ^ (number >> 8 * byte & 255)) * FNV_PRIME;
+  return hash;
+}
+
+__device__ inline uint64_t power(uint64_t base, int64_t exponent) {
+  uint64_t result = 1;
+  for (; exponent > 0; exponent /= 2, base *= base)
+    if (exponent % 2) result *= base;
+  return result;
+}
+
+// ---- Compaction
+
+struct GatherArguments {
+  const void* from[7];
+  void* to[7];
+  int64_t size[7];
+  // The adapter's triplets that are kept.
+  const uint32_t* kept;
+  int64_t from_begin, to_begin, count;
+  int64_t input, from_rank, to_rank;
+  int64_t factor;
+};
+static_assert(sizeof(GatherArguments) == 232);
+
+}  // namespace allocator
+}  // namespace
+
+// Sums of squares of the gradients that count, a chunk each, and whether any is not finite.
+KERNEL(allocator_squares, allocator::SquaresArguments) {
+  using namespace allocator;
+  __shared__ double sums[WARPS];
+  __shared__ uint32_t flags[WARPS];
+  const Chunk chunk = args.chunks[blockIdx.x];
+  const Slice& slice = args.slices[chunk.slice];
+  double sum = 0.0;
+  uint32_t not_finite = 0;
+  if ((args.with_replicas || !slice.replica) && (!args.has_grad || args.has_grad[slice.adapter])) {
+    const bool aligned = slice.aligned != 0;
+    switch (slice.g_dtype) {
+      case FLOAT64:
+        add_squares(static_cast<const double*>(slice.g) + chunk.begin, chunk.count, aligned, sum, not_finite);
+        break;
+      case BFLOAT16:
+        add_squares(static_cast<const bfloat16*>(slice.g) + chunk.begin, chunk.count, aligned, sum, not_finite);
+        break;
+      case FLOAT16:
+        add_squares(static_cast<const float16*>(slice.g) + chunk.begin, chunk.count, aligned, sum, not_finite);
+        break;
+      default: add_squares(static_cast<const float*>(slice.g) + chunk.begin, chunk.count, aligned, sum, not_finite);
+    }
+  }
+  sum = block_sum(sum, sums);
+  not_finite = block_sum(not_finite, flags);
+  if (threadIdx.x == 0) {
+    args.sums[blockIdx.x] = sum;
+    args.not_finite[blockIdx.x] = not_finite;
+  }
+}
+
+// One block: what the chunks' sums add to the trainer's.
+KERNEL(allocator_norm, allocator::NormArguments) {
+  using namespace allocator;
+  __shared__ double sums[WARPS];
+  __shared__ uint32_t flags[WARPS];
+  double sum = 0.0;
+  uint32_t not_finite = 0;
+  for (int64_t i = threadIdx.x; i < args.n_chunks; i += THREADS) {
+    sum += args.sums[i];
+    not_finite |= args.not_finite[i] != 0 ? 1u : 0u;
+  }
+  sum = block_sum(sum, sums);
+  not_finite = block_sum(not_finite, flags);
+  if (threadIdx.x == 0) {
+    *args.sum_of_squares += sum;
+    if (args.found_inf && not_finite) *args.found_inf = 1.0f;
+  }
+}
+
+// The first launch of a call that changes the run: what it will do, and with AdamW what each slice multiplies by.
+KERNEL(allocator_plan, allocator::PlanArguments) {
+  using namespace allocator;
+  __shared__ uint32_t flags[WARPS];
+  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (args.with_adamw && i < args.n_slices) {
+    const Slice& slice = args.slices[i];
+    const int64_t k = args.clocks[slice.adapter] + 1;
+    if (slice.state_dtype == FLOAT64) args.rates[i].whole = rates<double>(slice, k);
+    else args.rates[i].single = rates<float>(slice, k);
+  }
+  if (blockIdx.x != 0) return;
+  uint32_t not_finite = 0;
+  if (args.not_finite)
+    for (int64_t c = threadIdx.x; c < args.n_chunks; c += THREADS) not_finite |= args.not_finite[c] != 0 ? 1u : 0u;
+  not_finite = block_sum(not_finite, flags);
+  if (threadIdx.x == 0) *args.plan = decide(args, not_finite != 0);
+}
+
+// AdamW, importance and both averages of one chunk: everything is read and written once.
+KERNEL(allocator_update, allocator::UpdateArguments) {
+  using namespace allocator;
+  if (!args.plan->updates) return;
+  const Chunk chunk = args.chunks[blockIdx.x];
+  const Slice& slice = args.slices[chunk.slice];
+  const bool has_grad = !args.has_grad || args.has_grad[slice.adapter] != 0;
+  if (slice.state_dtype == FLOAT64) {
+    const Change<double> change = change_of<double>(args, chunk, has_grad);
+    for (int32_t i = threadIdx.x; i < chunk.count; i += THREADS) update_one(change, slice, chunk.begin + i);
+    return;
+  }
+  const Change<float> change = change_of<float>(args, chunk, has_grad);
+  if (!change.steps && !change.smooths) return;
+  const int32_t fours = slice.aligned ? chunk.count / 4 : 0;
+  for (int32_t i = threadIdx.x; i < fours; i += THREADS) update_four(change, slice, chunk.begin + int64_t(i) * 4);
+  for (int32_t i = fours * 4 + threadIdx.x; i < chunk.count; i += THREADS) update_one(change, slice, chunk.begin + i);
+}
+
+// Scores of some rows of a B, added up for each column.
+KERNEL(allocator_scores_of_b, allocator::ScoresArguments) {
+  using namespace allocator;
+  __shared__ double sums[THREADS];
+  if (args.plan && !args.plan->chooses) return;
+  constexpr int64_t STRIDE = sizeof(Adapter) / sizeof(int64_t);
+  const int64_t a = last_up_to(&args.adapters->score_block, STRIDE, args.n_adapters, blockIdx.x);
+  const Adapter& adapter = args.adapters[a];
+  const int64_t rank = adapter.rank;
+  const uint32_t own = uint32_t(blockIdx.x - adapter.score_block), across = uint32_t(ceil_div(rank, THREADS));
+  const int64_t block = own / across, first_column = int64_t(own % across) * THREADS;
+  const int width = int(smaller(THREADS, rank - first_column)), high = THREADS / width;
+  const int row = threadIdx.x / width, column = threadIdx.x % width;
+  const int64_t begin = block * adapter.score_rows, end = smaller(adapter.output, begin + adapter.score_rows);
+  double sum = 0.0;
+  if (row < high) {
+    int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_B], adapter.slices[FACTOR_B + 1], begin * rank);
+    for (; s < adapter.slices[FACTOR_B + 1] && args.slices[s].begin < end * rank; ++s) {
+      const Slice& slice = args.slices[s];
+      if (slice.replica) continue;
+      // Counted from the block's first row, elements fit 32 bits.
+      const uint32_t skipped = uint32_t(larger(slice.begin - begin * rank, 0)) / uint32_t(rank);
+      const uint32_t taken = uint32_t(smaller(slice.end - begin * rank, (end - begin) * rank) + rank - 1) / uint32_t(rank);
+      const int64_t first = begin + skipped, last = begin + taken;
+      for (int64_t r = first + row; r < last; r += high) {
+        const int64_t element = r * rank + first_column + column;
+        if (element >= slice.begin && element < slice.end) sum += score(slice, element - slice.begin);
+      }
+    }
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (int(threadIdx.x) < width) {
+    double total = 0.0;
+    for (int r = 0; r < high; ++r) total += sums[r * width + threadIdx.x];
+    args.parts[adapter.score_part + block * rank + first_column + threadIdx.x] = total;
+  }
+}
+
+// A warp for each triplet.
+KERNEL(allocator_scores, allocator::ScoresArguments) {
+  using namespace allocator;
+  if (args.plan && !args.plan->chooses) return;
+  const int64_t triplet = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+  if (triplet >= args.n_triplets) return;
+  const Adapter& adapter = args.adapters[args.adapter_of[triplet]];
+  const int64_t i = triplet - adapter.first_triplet, lane = threadIdx.x % 32;
+  double of_a = 0.0, of_e = 0.0, of_b = 0.0;
+  const int64_t begin = i * adapter.input, end = begin + adapter.input;
+  int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_A], adapter.slices[FACTOR_A + 1], begin);
+  for (; s < adapter.slices[FACTOR_A + 1] && args.slices[s].begin < end; ++s) {
+    const Slice& slice = args.slices[s];
+    if (!slice.replica)
+      of_a += lane_scores(slice, larger(begin, slice.begin) - slice.begin, smaller(end, slice.end) - slice.begin);
+  }
+  s = first_slice_past(args.slices, adapter.slices[FACTOR_E], adapter.slices[FACTOR_E + 1], i);
+  if (s < adapter.slices[FACTOR_E + 1] && args.slices[s].begin <= i && !args.slices[s].replica)
+    of_e = score(args.slices[s], i - args.slices[s].begin);
+  const int64_t blocks = ceil_div(adapter.output, adapter.score_rows);
+  for (int64_t block = lane; block < blocks; block += 32)
+    of_b += args.parts[adapter.score_part + block * adapter.rank + i];
+  of_a = warp_sum(of_a);
+  of_b = warp_sum(of_b);
+  if (lane == 0) {
+    double total = capped(of_a / double(adapter.input));
+    total = capped(total + of_e);
+    args.scores[triplet] = capped(total + of_b / double(adapter.output));
+  }
+}
+
+// One block: which triplets stay. Highest scores first, a byte of their keys at a time, until it is known which key the
+// budget ends at; then its ties in their order.
+KERNEL(allocator_select, allocator::SelectArguments) {
+  using namespace allocator;
+  __shared__ uint32_t low[256], high[256];
+  __shared__ uint64_t scans[WARPS];
+  __shared__ uint64_t cut_before;
+  __shared__ int32_t cut;
+  if (!args.plan->chooses) return;
+  uint64_t left = args.plan->budget > 0 ? uint64_t(args.plan->budget) : 0;
+  uint64_t head = 0;
+  int shift = 64;
+  bool all_stay = false;
+  const uint32_t n = uint32_t(args.n_triplets);
+  do {
+    shift -= 8;
+    low[threadIdx.x] = high[threadIdx.x] = 0;
+    if (threadIdx.x == 0) cut = -1;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
+      const uint64_t key = key_of(args.scores[i]);
+      if (shift < 56 && key >> (shift + 8) != head) continue;
+      // Two words, as shared memory adds 32 bits fast; how often the lower one overflows does not depend on the order.
+      const uint64_t weight = weight_of(args, i);
+      const uint32_t digit = uint32_t(key >> shift) & 255u, lower = uint32_t(weight);
+      const uint32_t before = atomicAdd(&low[digit], lower);
+      const uint32_t upper = uint32_t(weight >> 32) + (before + lower < lower ? 1u : 0u);
+      if (upper != 0) atomicAdd(&high[digit], upper);
+    }
+    __syncthreads();
+    const int digit = 255 - int(threadIdx.x);
+    const uint64_t weight = uint64_t(high[digit]) << 32 | low[digit];
+    const uint64_t up_to = block_scan(weight, scans);
+    if (up_to > left && up_to - weight <= left) {
+      cut = digit;
+      cut_before = up_to - weight;
+    }
+    __syncthreads();
+    all_stay = cut < 0;
+    if (!all_stay) {
+      left -= cut_before;
+      head = head << 8 | uint64_t(cut);
+    }
+    __syncthreads();
+  } while (!all_stay && left > 0 && shift > 0);
+  uint64_t spent = 0;
+  for (uint32_t first = 0; first < n; first += THREADS) {
+    const uint32_t i = first + threadIdx.x;
+    const uint64_t own = i < n ? key_of(args.scores[i]) >> shift : 0;
+    bool stays = all_stay || own > head;
+    // Without it no further tie fits.
+    if (!all_stay && spent < left) {
+      const bool is_tie = i < n && own == head;
+      const uint64_t up_to = spent + block_scan(is_tie ? weight_of(args, i) : 0, scans);
+      stays = stays || (is_tie && up_to <= left);
+      if (threadIdx.x == THREADS - 1) cut_before = up_to;
+      __syncthreads();
+      spent = cut_before;
+      __syncthreads();
+    }
+    if (i < n) args.chosen[i] = stays ? 1 : 0;
+  }
+}
+
+// The last launch of a call that changes the run: averages cleared, E masked, and the state's own next values.
+KERNEL(allocator_finish, allocator::FinishArguments) {
+  using namespace allocator;
+  const Plan& plan = *args.plan;
+  if (plan.clears || plan.masks) {
+    for (int64_t c = blockIdx.x; c < args.n_chunks; c += gridDim.x) {
+      const Chunk chunk = args.chunks[c];
+      const Slice& slice = args.slices[chunk.slice];
+      if (plan.clears) {
+        zero(slice.exp_avg_ipt, slice.state_dtype, chunk);
+        zero(slice.exp_avg_unc, slice.state_dtype, chunk);
+        if (plan.clears == CLEARS_MOMENTS_TOO && slice.m) {
+          zero(slice.m, slice.state_dtype, chunk);
+          zero(slice.v, slice.state_dtype, chunk);
+        }
+      }
+      if (plan.masks && slice.factor == FACTOR_E) {
+        const int64_t first = args.adapters[slice.adapter].first_triplet + slice.begin;
+        for (int64_t i = chunk.begin + threadIdx.x; i < chunk.begin + chunk.count; i += THREADS) {
+          if (is_kept(args, first + i)) continue;
+          store<double>(slice.p, slice.p_dtype, i, 0.0);
+          if (slice.p_low) store<double>(slice.p_low, slice.low_dtype, i, 0.0);
+        }
+      }
+    }
+  }
+  const int64_t thread = int64_t(blockIdx.x) * THREADS + threadIdx.x, threads = int64_t(gridDim.x) * THREADS;
+  if (plan.pattern != PATTERN_STAYS)
+    for (int64_t i = thread; i < args.n_triplets; i += threads) args.pattern[i] = is_kept(args, i) ? 1 : 0;
+  if (plan.clocks == CLOCKS_ADVANCE)
+    for (int64_t i = thread; i < args.n_adapters; i += threads)
+      args.clocks[i] += !args.has_grad || args.has_grad[i] != 0 ? 1 : 0;
+  if (plan.clocks == CLOCKS_ZERO)
+    for (int64_t i = thread; i < args.n_adapters; i += threads) args.clocks[i] = 0;
+  if (thread == 0) *args.header = plan.next;
+}
+
+// Products of some rows of a factor with others, over some of its columns.
+KERNEL(allocator_gram, allocator::GramArguments) {
+  using namespace allocator;
+  __shared__ double tiles[2 * TILE * PITCH];
+  const Place place = place_of(args.adapters, args.factors, args.n_factors, &args.factors->gram_block, blockIdx.x);
+  if (place.adapter->is_float64) {
+    gram_tile(args, place, tiles, tiles + TILE * PITCH);
+  } else {
+    float* own = reinterpret_cast<float*>(tiles);
+    gram_tile(args, place, own, own + TILE * PITCH);
+  }
+}
+
+// Some elements of a Gram matrix, from the sums over its columns unless it is given, and how far from the identity's
+// they are.
+KERNEL(allocator_distance, allocator::DistanceArguments) {
+  using namespace allocator;
+  __shared__ double shared[WARPS];
+  const Place place = place_of(args.adapters, args.factors, args.n_factors, &args.factors->distance_block, blockIdx.x);
+  const int64_t rank = place.rank, square = rank * rank;
+  const int64_t splits = ceil_div(place.columns, place.factor->gram_columns);
+  double* gram = args.gram + place.gram();
+  double sum = 0.0;
+  const int64_t end = smaller(square, (place.block + 1) * DISTANCE_ELEMENTS);
+  for (int64_t e = place.block * DISTANCE_ELEMENTS + threadIdx.x; e < end; e += THREADS) {
+    const int64_t row = e / rank, column = e % rank;
+    double value = 0.0;
+    if (args.parts) {
+      const double* from = args.parts + place.factor->gram_part + smaller(row, column) * rank + larger(row, column);
+      for (int64_t split = 0; split < splits; ++split) value += from[split * square];
+      gram[e] = value;
+    } else {
+      value = gram[e];
+    }
+    const double distance = value - (row == column ? 1.0 : 0.0);
+    sum += distance * distance;
+  }
+  sum = block_sum(sum, shared);
+  if (threadIdx.x == 0) args.distances[blockIdx.x] = sum;
+}
+
+// The penalty's gradient added to some elements of a factor's; the last block writes the penalty.
+KERNEL(allocator_penalty, allocator::PenaltyArguments) {
+  using namespace allocator;
+  __shared__ double tile[TILE * PITCH], coefficients[TILE * (TILE + 1)];
+  __shared__ double shared[WARPS];
+  if (int64_t(blockIdx.x) == args.n_blocks) {
+    double sum = 0.0;
+    for (int64_t f = threadIdx.x; f < args.n_factors; f += THREADS) {
+      double squares = 0.0;
+      for (int64_t i = args.factors[f].distance_block; i < args.factors[f + 1].distance_block; ++i)
+        squares += args.distances[i];
+      sum += args.share * sqrt(squares);
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0 && args.value) *args.value = sum;
+    return;
+  }
+  const Place place = place_of(args.adapters, args.factors, args.n_factors, &args.factors->penalty_block, blockIdx.x);
+  double squares = 0.0;
+  for (int64_t i = place.factor[0].distance_block + threadIdx.x; i < place.factor[1].distance_block; i += THREADS)
+    squares += args.distances[i];
+  const double norm = sqrt(block_sum(squares, shared));
+  const double scale = args.share * (args.factor ? *args.factor : 1.0);
+  const double coefficient = norm > 0.0 ? scale * 2.0 / norm : 0.0;
+  if (place.adapter->is_float64)
+    penalty_tile(args, place, coefficient, coefficients, tile);
+  else
+    penalty_tile(args, place, coefficient, reinterpret_cast<float*>(coefficients), reinterpret_cast<float*>(tile));
+}
+
+// One block: FNV-1a of what every process must agree on. Bytes that are 0 or 1 change the hash's lowest bit alone
+// before it is multiplied, by an amount that the parity of those before decides; so the hash is a sum of powers.
+KERNEL(allocator_digest, allocator::DigestArguments) {
+  using namespace allocator;
+  __shared__ uint64_t scans[WARPS];
+  uint64_t hash = fnv(FNV_BASIS, args.header->model);
+  hash = fnv(fnv(hash, uint64_t(args.header->flags)), uint64_t(args.header->last_step));
+  if (args.header->flags & HAS_PATTERN) {
+    const int64_t n = args.n_triplets, each = ceil_div(n, THREADS);
+    const int64_t begin = smaller(n, each * threadIdx.x), end = smaller(n, begin + each);
+    uint64_t ones = 0;
+    for (int64_t i = begin; i < end; ++i) ones += args.pattern[i];
+    bool is_odd = (hash + block_scan(ones, scans) - ones) % 2 != 0;
+    uint64_t own = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (args.pattern[i]) {
+        own += is_odd ? ~uint64_t(0) : 1;
+        is_odd = !is_odd;
+      }
+      own *= FNV_PRIME;
+    }
+    hash = hash * power(FNV_PRIME, n) + block_sum(own * power(FNV_PRIME, n - end), scans);
+  }
+  if (threadIdx.x == 0) *args.digest = hash;
+}
+
+// What is kept of a slice.
+KERNEL(allocator_gather, allocator::GatherArguments) {
+  using namespace allocator;
+  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= args.count) return;
+  const int64_t element = args.to_begin + i;
+  int64_t source = 0;
+  switch (args.factor) {
+    case FACTOR_A: source = int64_t(args.kept[element / args.input]) * args.input + element % args.input; break;
+    case FACTOR_E: source = args.kept[element]; break;
+    default: source = element / args.to_rank * args.from_rank + args.kept[element % args.to_rank];
+  }
+  source -= args.from_begin;
+  for (int array = 0; array < 7; ++array) {
+    switch (args.size[array]) {
+      case 2: static_cast<uint16_t*>(args.to[array])[i] = static_cast<const uint16_t*>(args.from[array])[source]; break;
+      case 4: static_cast<uint32_t*>(args.to[array])[i] = static_cast<const uint32_t*>(args.from[array])[source]; break;
+      case 8: static_cast<uint64_t*>(args.to[array])[i] = static_cast<const uint64_t*>(args.from[array])[source]; break;
+      default: break;
+    }
+  }
+}
