@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -14,12 +15,14 @@ import pytest
 
 import adalora
 
+PRINTS = "print('[  PASSED  ] 3 tests.')"
 GPU = Path(__file__).resolve().parents[2] / "benches" / "gpu"
 
 
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, GPU / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -71,3 +74,42 @@ def test_pages_show_what_was_measured() -> None:
     assert pages
     for page, (now, expected) in pages.items():
         assert now == expected, f"{page}: run benches/gpu/table.py"
+
+
+def test_parts_end_in_time_and_say_what_came_of_them() -> None:
+    check = script("check")
+
+    def run(code: str, limit: float) -> object:
+        part = check.Part("part", [sys.executable, "-c", code], limit)
+        return part.run(dict(os.environ), time.monotonic() + 60)
+
+    passed, failed = run(PRINTS, 30), run(f"{PRINTS}; exit(3)", 30)
+    assert (passed.outcome, passed.summary) == ("passed", "[  PASSED  ] 3 tests.")
+    assert (failed.outcome, failed.summary) == ("failed: status 3", "[  PASSED  ] 3 tests.")
+    # What the part itself starts, and what holds its output open, ends with it.
+    begin = time.monotonic()
+    endless = run("import subprocess; subprocess.run(['sleep', '60'])", 1)
+    assert endless.outcome == "failed: stopped after 1 s"
+    assert time.monotonic() - begin < 20
+    assert run("print('[==========] 0 tests from 0 test suites ran.')", 30).outcome == "failed: no test was found"
+
+
+def test_a_result_keeps_parts_that_were_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = script("check")
+    for name in ("ROOT", "BUNDLE"):
+        monkeypatch.setattr(check, name, tmp_path)
+    part = lambda name, outcome: check.Part(name, [], 1, outcome=outcome)  # noqa: E731
+    for revision, card, done in (
+        ("1", "NVIDIA H100 80GB HBM3", [part("operations", "passed"), part("graphs", "failed: status 1")]),
+        ("2", "NVIDIA H100 80GB HBM3", [part("graphs", "passed")]),
+    ):
+        (tmp_path / "revision").write_text(revision)
+        check.keep(done, card, "580.1")
+    result = json.loads((tmp_path / "benches" / "results" / "gpu-nvidia-h100-80gb-hbm3.json").read_text())
+    assert (result["card"], result["driver"]) == ("NVIDIA H100 80GB HBM3", "580.1")
+    found = {name: (part["outcome"], part["revision"]) for name, part in result["parts"].items()}
+    assert found == {"operations": ("passed", "1"), "graphs": ("passed", "2")}
+    # Another driver begins anew.
+    check.keep([part("graphs", "passed")], "NVIDIA H100 80GB HBM3", "590.1")
+    file = tmp_path / "benches" / "results" / "gpu-nvidia-h100-80gb-hbm3.json"
+    assert set(json.loads(file.read_text())["parts"]) == {"graphs"}
