@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Replay recorded training runs through the C interface, step by step, and compare every recorded tensor.
 
-    replay.py [--library FILE] [--dtype float32|float64] [--device cpu] [--threads N] FOLDER...
+    replay.py [--library FILE] [--dtype float32|float64] [--device cpu|software-cuda|cuda] [--threads N] FOLDER...
 
 A folder holds cases, each as NAME.json (what the run is made from, and its log) and NAME.safetensors; the README of
 golden/ beside this file names the tensors. The base layers and the loss are NumPy, in the run's type; adapters,
 orthogonality, AdamW, importance and selection are the library's.
+
+On "software-cuda" and "cuda" all arrays lie in device memory: of the stand-in that building the C++ tests makes (or of
+the libraries in the folder that ADALORA_CUDA_FOLDER names), and of a GPU; base layers and loss stay on the host.
 
 Each case runs twice: once with `update`, `scores` and `select` as calls of their own, told what is not finite, and once
 with `step`, which is the three and looks itself; both meet the recording, and each other bit for bit. Both go through
@@ -29,6 +32,8 @@ from safetensors.numpy import load_file
 
 # The package of this checkout, where none is installed.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
+import device_arrays
+
 import adalora
 from adalora import Stage, Triplets
 
@@ -53,11 +58,12 @@ class Comparison:
     where: str = ""
     seen: set[str] = field(default_factory=set)
 
-    def tensor(self, name: str, got: np.ndarray) -> None:
+    def tensor(self, name: str, array: Any) -> None:
         """Compare a tensor, if it is recorded."""
         if name not in self.recorded:
             return
         self.seen.add(name)
+        got = np.asarray(array)
         want = self.recorded[name].astype(np.float64)
         if got.size != want.size:
             raise Mismatch(f"{name}: shape {got.shape}, recorded {want.shape}")
@@ -91,12 +97,12 @@ class Base:
 
 @dataclass
 class Buffers:
-    """The arrays that one layer's adapter works on, and its prepared calls."""
+    """The arrays that one layer's adapter works on, where it computes, and its prepared calls."""
 
-    x: np.ndarray
-    y: np.ndarray
-    dy: np.ndarray
-    dx: np.ndarray
+    x: Any
+    y: Any
+    dy: Any
+    dx: Any
     grads: Triplets
     keeping: adalora.GroupCall
     staged: adalora.GroupCall
@@ -105,10 +111,10 @@ class Buffers:
     @classmethod
     def make(cls, adapter: adalora.Adapter, params: Triplets, grads: Triplets, tokens: int) -> Buffers:
         """Buffers for a number of tokens."""
-        dtype = params.A.dtype
-        x, dx = np.zeros((tokens, adapter.in_features), dtype), np.zeros((tokens, adapter.in_features), dtype)
-        y, dy = np.zeros((tokens, adapter.out_features), dtype), np.zeros((tokens, adapter.out_features), dtype)
-        h, g = np.zeros((tokens, adapter.init_r), dtype), np.zeros((tokens, adapter.init_r), dtype)
+        sizes = adapter.in_features, adapter.out_features, adapter.init_r
+        x, dx, y, dy, h, g = (
+            adapter.memory.array(np.zeros((tokens, n), params.A.dtype), "buffers") for n in sizes for _ in range(2)
+        )
         call = lambda **saved: adapter.call(x, params, grads=grads, y=y, dy=dy, dx=dx, **saved)  # noqa: E731
         return cls(x, y, dy, dx, grads, keeping=call(h=h), staged=call(h=h, g=g), computing_again=call())
 
@@ -141,7 +147,7 @@ class Run:
     def __init__(
         self, context: adalora.Context, case: dict[str, Any], recorded: dict[str, np.ndarray], dtype: str
     ) -> None:
-        self.case, self.recorded = case, recorded
+        self.case, self.recorded, self.memory = case, recorded, context.memory
         self.dtype = np.dtype(dtype)
         self.conv1d = case.get("fan_in_fan_out", False)
         self.n_layers = len(case["dims"])
@@ -150,7 +156,9 @@ class Run:
             W = self.initial(f"{k}/W")
             bias = self.initial(f"{k}/bias") if f"init/{k}/bias" in recorded else None
             self.base.append(Base(W.T.copy() if self.conv1d else W, bias))
-            self.params.append(Triplets(*(self.initial(f"{k}/{matrix}") for matrix in "AEB")))
+            self.params.append(
+                Triplets(*(self.memory.array(self.initial(f"{k}/{matrix}"), "params") for matrix in "AEB"))
+            )
             self.adapters.append(
                 adalora.Adapter(
                     context,
@@ -174,16 +182,22 @@ class Run:
             budget_unit=case.get("budget_unit", "triplets"),
         )
         hyper = adalora.Hyper(
-            case["lr"], weight_decay=case["weight_decay"], betas=tuple(case["adam_betas"]), eps=case["adam_eps"]
+            case["lr"],
+            weight_decay=case["weight_decay"],
+            betas=tuple(case["adam_betas"]),
+            eps=case["adam_eps"],
+            context=context,
         )
         self.training = self.allocator.bind_all(self.params, hyper=hyper)
-        self.found_inf = np.zeros(1, np.float32)
+        self.found_inf = self.memory.array(np.zeros(1, np.float32), "found_inf")
+        self.penalty = self.memory.array(np.zeros(1), "penalty")
         self.looks_itself = self.training.values
         self.is_told = adalora.StepValues(
             self.looks_itself.step,
             grad_factor=self.looks_itself.grad_factor,
             found_inf=self.found_inf,
             has_grad=self.looks_itself.has_grad,
+            context=context,
         )
         self.buffers: list[Buffers] = []
 
@@ -195,9 +209,9 @@ class Run:
         """B diag(E) A, scaled, in the layout of the base weight."""
         adapter = self.adapters[k]
         shape = (adapter.out_features, adapter.in_features)
-        w = np.full(shape[::-1] if self.conv1d else shape, np.nan, self.dtype)
+        w = self.memory.array(np.full(shape[::-1] if self.conv1d else shape, np.nan, self.dtype), "w")
         adapter.delta_weight(self.params[k], w, fan_in_fan_out=self.conv1d)
-        return w
+        return np.asarray(w)
 
     def pass_through(self, t: int, way: int, scale: float, compare: Comparison) -> float:
         """Forward, task loss and backward of one step; returns the loss."""
@@ -216,7 +230,8 @@ class Run:
             compare.tensor(f"step/{t}/{k}/y", buffers.y)
             if f"step/{t}/{k}/delta_weight" in self.recorded:
                 compare.tensor(f"step/{t}/{k}/delta_weight", self.delta_weight(k))
-            x = np.tanh(buffers.y) if k + 1 < self.n_layers else buffers.y
+            x = np.asarray(buffers.y)
+            x = np.tanh(x) if k + 1 < self.n_layers else x
         loss = float(np.mean((x - target) ** 2, dtype=np.float64))
         dy = self.dtype.type(scale * 2) * (x - target) / self.dtype.type(x.size)
         for k in reversed(range(self.n_layers)):
@@ -228,7 +243,7 @@ class Run:
             compare.tensor(f"step/{t}/{k}/dx", buffers.dx)
             for matrix, array in self.training.grads[k]._asdict().items():
                 compare.tensor(f"step/{t}/{k}/d{matrix}_task", array)
-            dy = buffers.dx * (1 - buffers.x**2)
+            dy = np.asarray(buffers.dx) * (1 - np.asarray(buffers.x) ** 2)
         return loss
 
     def step(self, n: int, want: dict[str, Any], combined: bool, compare: Comparison) -> None:
@@ -237,7 +252,8 @@ class Run:
         event = self.case.get("events", {}).get(str(t), {})
         scale = event.get("loss_scale", 1.0)
         loss = self.pass_through(t, n % 3, scale, compare)
-        penalty = allocator.orthogonality(self.case["orth_reg_weight"], factor=scale)
+        allocator.orthogonality(self.case["orth_reg_weight"], factor=scale, value=self.penalty)
+        penalty = float(self.penalty[0])
         compare.number(f"step/{t}/task_loss", loss, want["task_loss"])
         compare.number(f"step/{t}/total_loss", loss + penalty, want["total_loss"])
         for name, array in gradients(training):
@@ -246,7 +262,7 @@ class Run:
         poke = event.get("non_finite")
         if poke:
             gradient = getattr(training.grads[poke["layer"]], poke["matrix"])
-            gradient.reshape(-1)[poke["index"]] = float(poke["value"])
+            gradient[np.unravel_index(poke["index"], gradient.shape)] = float(poke["value"])
         self.gradient_norm(t, bool(poke), compare)
         idle = event.get("idle", ())
         # The library finds what is not finite itself, or is told: among gradients that it does not read it has to be.
@@ -269,12 +285,12 @@ class Run:
 
     def gradient_norm(self, t: int, poked: bool, compare: Comparison) -> None:
         """Whether a gradient is infinite, by the library, and the sum of their squares."""
-        sum_of_squares = np.zeros(1)
+        sum_of_squares = self.memory.array(np.zeros(1), "sum_of_squares")
         self.found_inf[0] = 0
         self.allocator.gradient_norm(sum_of_squares, self.found_inf)
         agree(f"step {t}: found_inf", bool(self.found_inf[0]), poked)
         if not poked:
-            squares = sum(np.sum(array.astype(np.float64) ** 2) for _, array in gradients(self.training))
+            squares = sum(np.sum(np.asarray(array, np.float64) ** 2) for _, array in gradients(self.training))
             compare.number(f"step/{t}/sum_of_squares", float(sum_of_squares[0]), float(squares))
 
     def compare_standing(self, t: int, want: dict[str, Any], compare: Comparison) -> None:
@@ -289,17 +305,17 @@ class Run:
             compare.tensor(f"step/{t}/{k}/E_after_allocate", params.E)
             for average in ("exp_avg_ipt", "exp_avg_unc"):
                 for matrix, array in getattr(self.training, average)[k]._asdict().items():
-                    if standing.is_final and array.any():
+                    if standing.is_final and np.asarray(array).any():
                         raise Mismatch(f"step {t}: {average} of layer {k}, {matrix}, is not cleared at the end")
                     compare.tensor(f"step/{t}/{k}/{average}_{matrix}", array)
 
     def all_bits(self) -> bytes:
         """Everything that a later step depends on."""
-        arrays = b"".join(array.tobytes() for _, array in self.training.named_arrays())
+        arrays = b"".join(np.asarray(array).tobytes() for _, array in self.training.named_arrays())
         return arrays + self.allocator.save_state()
 
 
-def gradients(training: adalora.Training) -> Iterator[tuple[str, np.ndarray]]:
+def gradients(training: adalora.Training) -> Iterator[tuple[str, Any]]:
     """The gradients, with names such as `0/A`."""
     for k, grads in enumerate(training.grads):
         for matrix, array in grads._asdict().items():
@@ -362,17 +378,25 @@ def replay_folder(folder: Path, run: Callable[[Path], tuple[Comparison, float]])
     return good
 
 
+def make_context(device: str, threads: int, library: Path | None) -> adalora.Context:
+    """What computes."""
+    if device == "cpu":
+        return adalora.Context(threads=threads, library=library)
+    folder = device_arrays.software_folder() if device == "software-cuda" else None
+    return device_arrays.Device(library_folder=folder, library=library).context
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, help="the native library; else the package's")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as the process may run on")
+    parser.add_argument("--device", choices=["cpu", "software-cuda", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="on the CPU; 0: as many as the process may run on")
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path)
     options = parser.parse_args(arguments)
     try:
-        context = adalora.Context(options.device, threads=options.threads, library=options.library)
+        context = make_context(options.device, options.threads, options.library)
     except adalora.AdaLoRAError as error:
         parser.error(str(error))
     with context:

@@ -131,13 +131,14 @@ def test_aligned_bytes(size: int) -> None:
         array = aligned_bytes(size)
         assert array.shape == (size,)
         assert not array.any()
-        address = as_aligned(array, "workspace", size)
+        address, found = as_aligned(array, "workspace", size)
+        assert found == size
         assert address is None if size == 0 else address % 64 == 0
 
 
 def test_workspaces_are_checked() -> None:
     whole = aligned_bytes(200)
-    assert as_aligned(whole, "workspace", 100) == whole.ctypes.data
+    assert as_aligned(whole, "workspace", 100) == (whole.ctypes.data, 200)
     for array, text in (
         (whole[1:], "expected an address that 64 divides"),
         (whole[:99], "expected at least 100 bytes, found 99"),

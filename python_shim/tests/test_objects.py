@@ -219,7 +219,7 @@ def test_arguments_of_a_group_are_named_with_their_share(context: adalora.Contex
         ("h", np.zeros((2, 5), np.float32).T, "without gaps"),
         ("g", np.zeros((5, 3), np.float32), r"expected shape \[5, 2\]"),
         ("pattern", np.ones(3, np.uint8), r"expected shape \[2\], found \[3\]"),
-        ("pattern", np.ones(2, np.int32), "expected an array of uint8, found int32"),
+        ("pattern", np.ones(2, np.int32), "expected an array of uint8 or bool, found int32"),
         ("grads", adapters[1].zeros()._replace(E=np.zeros(3, np.float32)), r"expected shape \[2\], found \[3\]"),
         ("dropout", adalora.Dropout(np.zeros(1, np.int64)), "expected an array of uint64, found int64"),
     ):

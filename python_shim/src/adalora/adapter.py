@@ -12,10 +12,11 @@ import numpy as np
 from . import _bindings as c
 from ._handle import Handle, NativeObject, refuse_copy
 from .arrays import (
+    HOST,
     NAMES,
     Array,
+    Lease,
     Triplets,
-    aligned_bytes,
     as_aligned,
     as_buffer,
     as_flags,
@@ -24,8 +25,6 @@ from .arrays import (
     compute_dtype,
     dtype_code,
     one_value,
-    view,
-    zeros,
 )
 from .context import Context
 from .errors import InvalidArgumentError
@@ -86,7 +85,7 @@ class Adapter(NativeObject):
         out_begin: int = 0,
         ranknum: int = 0,
     ) -> None:
-        self.library = context.library
+        self.library, self.memory = context.library, context.memory
         self.in_features, self.out_features, self.init_r = in_features, out_features, init_r
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
         self.ranknum = ranknum or init_r
@@ -138,18 +137,19 @@ class Adapter(NativeObject):
 
         """
         code = self.compute_dtype if dtype is None else dtype_code(dtype)
-        return Triplets(*(zeros(shape, code) for shape in self.shapes))
+        return Triplets(*(self.memory.zeros(shape, code, "zeros") for shape in self.shapes))
 
-    def new_params(self, seed: int, *, dtype: Any = None) -> Triplets:
+    def new_params(self, seed: int, *, dtype: Any = None, stream: int | None = None) -> Triplets:
         """New arrays with initial triplets.
 
         Args:
             seed: as in `initialize`: give each adapter its own.
             dtype: None: the adapter's; "float32" makes a master copy of half-precision parameters.
+            stream: CUDA stream.
 
         """
         params = self.zeros(NAMES[self.param_dtype] if dtype is None else dtype)
-        self.initialize(params, seed)
+        self.initialize(params, seed, stream=stream)
         return params
 
     def initialize(self, params: Triplets, seed: int, *, stream: int | None = None) -> None:
@@ -157,12 +157,12 @@ class Adapter(NativeObject):
 
         Each element is a function of the seed and of its place in the whole layer.
         """
-        handle = self.handle
+        handle, lease = self.handle, self.memory.lease(stream)
         if not 0 <= seed < 1 << 64:
             raise InvalidArgumentError(f"seed: expected 0 to 2^64 - 1, found {seed}")
         self.library.adalora_adapter_initialize(
             handle.pointer,
-            ctypes.byref(self._triplets(params, "params", (self.param_dtype, c.ADALORA_FLOAT32), writable=True)),
+            ctypes.byref(self._triplets(params, "params", (self.param_dtype, c.ADALORA_FLOAT32), lease, writable=True)),
             seed,
             stream,
         )
@@ -188,14 +188,14 @@ class Adapter(NativeObject):
             stream: CUDA stream.
 
         """
-        handle = self.handle
+        handle, lease = self.handle, self.memory.lease(stream)
         self.library.adalora_adapter_delta_weight(
             handle.pointer,
-            ctypes.byref(self._triplets(params, "params", (self.param_dtype,))),
+            ctypes.byref(self._triplets(params, "params", (self.param_dtype,), lease)),
             scaling,
             fan_in_fan_out,
             accumulate,
-            ctypes.byref(self._weight(w, "w", fan_in_fan_out, writable=True)),
+            ctypes.byref(self._weight(w, "w", fan_in_fan_out, lease, writable=True)),
             stream,
         )
 
@@ -222,18 +222,20 @@ class Adapter(NativeObject):
             stream: CUDA stream.
 
         """
-        handle = self.handle
-        w_matrix = self._weight(w, "w", fan_in_fan_out, writable=True)
+        handle, lease = self.handle, self.memory.lease(stream)
+        w_matrix = self._weight(w, "w", fan_in_fan_out, lease, writable=True)
         self.library.adalora_adapter_merge(
             handle.pointer,
-            ctypes.byref(self._triplets(params, "params", (self.param_dtype,))),
+            ctypes.byref(self._triplets(params, "params", (self.param_dtype,), lease)),
             scaling,
             fan_in_fan_out,
             ctypes.byref(w_matrix),
-            None if backup is None else ctypes.byref(self._backup(backup, w_matrix, fan_in_fan_out, writable=True)),
+            None
+            if backup is None
+            else ctypes.byref(self._backup(backup, w_matrix, fan_in_fan_out, lease, writable=True)),
             None
             if non_finite is None
-            else as_values(non_finite, "non_finite", dtype=np.float32, size=1, writable=True),
+            else as_values(non_finite, "non_finite", dtype=np.float32, size=1, writable=True, lease=lease),
             stream,
         )
 
@@ -258,53 +260,69 @@ class Adapter(NativeObject):
             stream: CUDA stream.
 
         """
-        handle = self.handle
-        w_matrix = self._weight(w, "w", fan_in_fan_out, writable=True)
+        handle, lease = self.handle, self.memory.lease(stream)
+        w_matrix = self._weight(w, "w", fan_in_fan_out, lease, writable=True)
         self.library.adalora_adapter_unmerge(
             handle.pointer,
-            None if params is None else ctypes.byref(self._triplets(params, "params", (self.param_dtype,))),
+            None if params is None else ctypes.byref(self._triplets(params, "params", (self.param_dtype,), lease)),
             scaling,
             fan_in_fan_out,
             ctypes.byref(w_matrix),
-            None if backup is None else ctypes.byref(self._backup(backup, w_matrix, fan_in_fan_out)),
+            None if backup is None else ctypes.byref(self._backup(backup, w_matrix, fan_in_fan_out, lease)),
             stream,
         )
 
-    def call(self, x: Array | None, params: Triplets, *, dx: Array | None = None, **share: Any) -> GroupCall:
+    def call(
+        self,
+        x: Array | None,
+        params: Triplets,
+        *,
+        dx: Array | None = None,
+        stream: int | None = None,
+        **share: Any,
+    ) -> GroupCall:
         """Prepare forward and backward of this adapter alone.
 
         Args:
             x: the layer's input, [tokens, in].
             params: the triplets.
             dx: [tokens, in], backward adds the adapter's part of the gradient for x to it; None: not wanted.
+            stream: as in `GroupCall`.
             **share: the other fields of `Share`, such as `y`, `dy`, `grads` and `h`.
 
         """
-        return GroupCall([Share(self, params, **share)], x, dx=dx)
+        return GroupCall([Share(self, params, **share)], x, dx=dx, stream=stream)
 
     def _triplets(
-        self, triplets: Triplets, name: str, dtypes: Sequence[int], *, writable: bool = False
+        self, triplets: Triplets, name: str, dtypes: Sequence[int], lease: Lease, *, writable: bool = False
     ) -> c.adalora_triplets_t:
         try:
             A, E, B = triplets
         except (TypeError, ValueError):
             raise InvalidArgumentError(f"{name}: expected Triplets(A, E, B), found {type(triplets).__name__}") from None
         matrices = [
-            as_matrix(array, f"{name}.{matrix}", shape=shape, dtypes=dtypes, writable=writable)
+            as_matrix(array, f"{name}.{matrix}", shape=shape, dtypes=dtypes, writable=writable, lease=lease)
             for matrix, array, shape in zip("AEB", (A, E, B), self.shapes, strict=True)
         ]
         return c.adalora_triplets_t(*matrices)
 
     def _weight(
-        self, w: Array, name: str, fan_in_fan_out: bool, *, dtypes: Sequence[int] = tuple(NAMES), writable: bool = False
+        self,
+        w: Array,
+        name: str,
+        fan_in_fan_out: bool,
+        lease: Lease,
+        *,
+        dtypes: Sequence[int] = tuple(NAMES),
+        writable: bool = False,
     ) -> c.adalora_matrix_t:
         shape = (self.in_local, self.out_local) if fan_in_fan_out else (self.out_local, self.in_local)
-        return as_matrix(w, name, shape=shape, dtypes=dtypes, writable=writable)
+        return as_matrix(w, name, shape=shape, dtypes=dtypes, writable=writable, lease=lease)
 
     def _backup(
-        self, backup: Array, w: c.adalora_matrix_t, fan_in_fan_out: bool, *, writable: bool = False
+        self, backup: Array, w: c.adalora_matrix_t, fan_in_fan_out: bool, lease: Lease, *, writable: bool = False
     ) -> c.adalora_matrix_t:
-        return self._weight(backup, "backup", fan_in_fan_out, dtypes=(w.dtype,), writable=writable)
+        return self._weight(backup, "backup", fan_in_fan_out, lease, dtypes=(w.dtype,), writable=writable)
 
 
 class Dropout:
@@ -316,19 +334,23 @@ class Dropout:
         seed: a number, or an array of one uint64 that is used where it lies.
         offset: likewise.
         token0: number of the first row of x, where a process sees a part of the tokens.
+        context: where numbers are put; None: in host memory.
 
     """
 
-    def __init__(self, seed: int | Array, offset: int | Array = 0, *, token0: int = 0) -> None:
-        self.seed = one_value(seed, np.uint64)
-        self.offset = one_value(offset, np.uint64)
+    def __init__(
+        self, seed: int | Array, offset: int | Array = 0, *, token0: int = 0, context: Context | None = None
+    ) -> None:
+        memory = HOST if context is None else context.memory
+        self.seed = one_value(seed, np.uint64, memory, "seed")
+        self.offset = one_value(offset, np.uint64, memory, "offset")
         self.token0 = token0
 
-    def struct(self, name: str) -> c.adalora_dropout_t:
+    def struct(self, name: str, lease: Lease) -> c.adalora_dropout_t:
         """The C value; the arrays have to outlive it."""
         return c.adalora_dropout_t(
-            as_values(self.seed, f"{name}.seed", dtype=np.uint64, size=1),
-            as_values(self.offset, f"{name}.offset", dtype=np.uint64, size=1),
+            as_values(self.seed, f"{name}.seed", dtype=np.uint64, size=1, lease=lease),
+            as_values(self.offset, f"{name}.offset", dtype=np.uint64, size=1, lease=lease),
             self.token0,
         )
 
@@ -368,18 +390,27 @@ class GroupCall:
         dx: [tokens, in], backward adds the adapters' part of the gradient for x to it; None: not wanted.
         workspace: scratch memory of `workspace_bytes` that several calls may share while they do not run at once, as
             `aligned_bytes` makes it; None: its own.
+        stream: CUDA stream that the arrays are handed over to: what is in other streams by now, as far as the arrays
+            tell, comes first in this one.
 
     """
 
     def __init__(
-        self, shares: Sequence[Share], x: Array | None, *, dx: Array | None = None, workspace: Array | None = None
+        self,
+        shares: Sequence[Share],
+        x: Array | None,
+        *,
+        dx: Array | None = None,
+        workspace: Array | None = None,
+        stream: int | None = None,
     ) -> None:
         if not shares:
             raise InvalidArgumentError("shares: expected at least one, found none")
         self.shares = tuple(shares)
         self.x, self.dx = x, dx
         first = self.shares[0].adapter
-        self.library = first.library
+        self.library, memory = first.library, first.memory
+        self._lease = memory.lease(stream)
         self.tokens = self._tokens()
         # Held here, so that closing an adapter takes nothing from under a prepared call.
         self._handles = [share.adapter.handle for share in self.shares]
@@ -392,9 +423,8 @@ class GroupCall:
         size = ctypes.c_size_t()
         self.library.adalora_adapter_sizes(self._calls, *self._size, self.tokens, None, ctypes.byref(size))
         self.workspace_bytes = size.value
-        self.workspace = aligned_bytes(size.value) if workspace is None else workspace
-        address = as_aligned(self.workspace, "workspace", size.value)
-        self._workspace = (address, self.workspace.nbytes)
+        self.workspace = memory.aligned_bytes(size.value, "workspace") if workspace is None else workspace
+        self._workspace = as_aligned(self.workspace, "workspace", size.value, self._lease)
 
     def forward(self, stages: int = Stage.BOTH, *, stream: int | None = None) -> None:
         """Add the adapters' outputs to each `y`: `y += scaling * ((x A^T) * E) B^T`."""
@@ -419,40 +449,41 @@ class GroupCall:
 
     def _tokens(self) -> int:
         first = self.shares[0]
-        for name, array in {"x": self.x, "y": first.y, "dy": first.dy, "h": first.h, "g": first.g}.items():
+        for array in (self.x, first.y, first.dy, first.h, first.g):
             if array is not None:
-                return (*view(array, name).shape, 0)[0]
+                return (*getattr(array, "shape", ()), 0)[0]
         raise InvalidArgumentError("x: expected an array, found none, nor one of y, dy, h and g to count tokens by")
 
     def _input(self, array: Array | None, name: str, adapter: Adapter, writable: bool) -> Any:
         if array is None:
             return None
         shape = (self.tokens, adapter.in_local)
-        return ctypes.byref(as_matrix(array, name, shape=shape, dtypes=(adapter.activation_dtype,), writable=writable))
+        types = (adapter.activation_dtype,)
+        return ctypes.byref(as_matrix(array, name, shape=shape, dtypes=types, writable=writable, lease=self._lease))
 
     def _fill(self, call: c.adalora_call_t, share: Share, handle: Handle, name: str) -> None:
-        adapter = share.adapter
+        adapter, lease = share.adapter, self._lease
         call.struct_size = ctypes.sizeof(c.adalora_call_t)
         call.adapter = handle.pointer
-        call.params = adapter._triplets(share.params, f"{name}params", (adapter.param_dtype,))
+        call.params = adapter._triplets(share.params, f"{name}params", (adapter.param_dtype,), lease)
         if share.grads is not None:
             either = (adapter.param_dtype, adapter.compute_dtype)
-            call.grads = adapter._triplets(share.grads, f"{name}grads", either, writable=True)
+            call.grads = adapter._triplets(share.grads, f"{name}grads", either, lease, writable=True)
         call.scaling = share.scaling
         output, types = (self.tokens, adapter.out_local), (adapter.activation_dtype,)
         if share.y is not None:
-            call.y = as_matrix(share.y, f"{name}y", shape=output, dtypes=types, writable=True)
+            call.y = as_matrix(share.y, f"{name}y", shape=output, dtypes=types, writable=True, lease=lease)
         if share.dy is not None:
-            call.dy = as_matrix(share.dy, f"{name}dy", shape=output, dtypes=types)
+            call.dy = as_matrix(share.dy, f"{name}dy", shape=output, dtypes=types, lease=lease)
         saved, types = (self.tokens, adapter.init_r), (adapter.compute_dtype,)
         if share.h is not None:
-            call.h, _ = as_buffer(share.h, f"{name}h", shape=saved, dtypes=types)
+            call.h, _ = as_buffer(share.h, f"{name}h", shape=saved, dtypes=types, lease=lease)
         if share.g is not None:
-            call.g, _ = as_buffer(share.g, f"{name}g", shape=saved, dtypes=types)
+            call.g, _ = as_buffer(share.g, f"{name}g", shape=saved, dtypes=types, lease=lease)
         if share.pattern is not None:
-            call.pattern = as_flags(share.pattern, f"{name}pattern", size=adapter.init_r)
+            call.pattern = as_flags(share.pattern, f"{name}pattern", size=adapter.init_r, lease=lease)
         if share.dropout is not None:
-            call.dropout = share.dropout.struct(f"{name}dropout")
+            call.dropout = share.dropout.struct(f"{name}dropout", lease)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse copies: the descriptors hold addresses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +15,19 @@ from ._handle import Handle, NativeObject, refuse_copy
 from .adapter import Adapter
 from .arrays import (
     FLOAT32,
+    HOST,
     Array,
     BFloat16,
+    Lease,
+    Memory,
     Triplets,
-    aligned_bytes,
     as_aligned,
     as_buffer,
     as_flags,
     as_values,
     named,
     one_value,
+    place,
     size_of,
 )
 from .context import Context
@@ -78,6 +82,7 @@ class Hyper:
         weight_decay: decoupled weight decay, likewise.
         betas: decays of the two moments.
         eps: added to the denominator.
+        context: where numbers are put; None: in host memory.
 
     """
 
@@ -88,17 +93,19 @@ class Hyper:
         weight_decay: float | Array = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        context: Context | None = None,
     ) -> None:
-        self.lr = one_value(lr, np.float64)
-        self.weight_decay = one_value(weight_decay, np.float64)
+        memory = _memory(context)
+        self.lr = one_value(lr, np.float64, memory, "lr")
+        self.weight_decay = one_value(weight_decay, np.float64, memory, "weight_decay")
         self.betas, self.eps = betas, eps
 
-    def struct(self, name: str) -> c.adalora_hyper_t:
+    def struct(self, name: str, lease: Lease) -> c.adalora_hyper_t:
         """The C descriptor; the arrays have to outlive it."""
         return c.adalora_hyper_t(
             ctypes.sizeof(c.adalora_hyper_t),
-            as_values(self.lr, f"{name}.lr", dtype=np.float64, size=1),
-            as_values(self.weight_decay, f"{name}.weight_decay", dtype=np.float64, size=1),
+            as_values(self.lr, f"{name}.lr", dtype=np.float64, size=1, lease=lease),
+            as_values(self.weight_decay, f"{name}.weight_decay", dtype=np.float64, size=1, lease=lease),
             *self.betas,
             self.eps,
         )
@@ -114,6 +121,8 @@ class StepValues:
             importance do nothing. None: the library looks itself, which costs one more reading of the gradients; a
             sharded allocator needs it.
         has_grad: [n_adapters] of uint8 or bool, 0 where the adapter has no gradient this step; None: all have one.
+        context: where the values are; None: in host memory.
+        stream: CUDA stream that the arrays are handed over to, as in `GroupCall`.
 
     """
 
@@ -124,25 +133,35 @@ class StepValues:
         grad_factor: float | Array | None = None,
         found_inf: float | Array | None = None,
         has_grad: Array | None = None,
+        context: Context | None = None,
+        stream: int | None = None,
     ) -> None:
-        self.step = one_value(step, np.int64)
-        self.grad_factor = None if grad_factor is None else one_value(grad_factor, np.float64)
-        self.found_inf = None if found_inf is None else one_value(found_inf, np.float32)
+        memory = _memory(context)
+        value = partial(one_value, memory=memory)
+        self._lease = lease = memory.lease(stream)
+        self.step = value(step, np.int64, name="step")
+        self.grad_factor = None if grad_factor is None else value(grad_factor, np.float64, name="grad_factor")
+        self.found_inf = None if found_inf is None else value(found_inf, np.float32, name="found_inf")
         self.has_grad = has_grad
         self._struct = c.adalora_step_t(ctypes.sizeof(c.adalora_step_t))
-        self._struct.step = as_values(self.step, "step", dtype=np.int64, size=1)
+        self._struct.step = as_values(self.step, "step", dtype=np.int64, size=1, lease=lease)
         if self.grad_factor is not None:
-            self._struct.grad_factor = as_values(self.grad_factor, "grad_factor", dtype=np.float64, size=1)
+            self._struct.grad_factor = as_values(self.grad_factor, "grad_factor", dtype=np.float64, size=1, lease=lease)
         if self.found_inf is not None:
-            self._struct.found_inf = as_values(self.found_inf, "found_inf", dtype=np.float32, size=1)
+            self._struct.found_inf = as_values(self.found_inf, "found_inf", dtype=np.float32, size=1, lease=lease)
         if has_grad is not None:
-            self._struct.has_grad = as_flags(has_grad, "has_grad", size=len(has_grad))
+            self._struct.has_grad = as_flags(has_grad, "has_grad", lease=lease)
         self.reference = ctypes.byref(self._struct)
 
-    def check(self, n_adapters: int) -> Any:
-        """The C argument, for an allocator of that many adapters."""
-        if self.has_grad is not None and len(self.has_grad) != n_adapters:
-            raise InvalidArgumentError(f"has_grad: expected {n_adapters} flags, found {len(self.has_grad)}")
+    def check(self, n_adapters: int, memory: Memory) -> Any:
+        """The C argument, for an allocator of that many adapters over arrays in that memory."""
+        if self.has_grad is not None and size_of(self.has_grad) != n_adapters:
+            raise InvalidArgumentError(f"has_grad: expected {n_adapters} flags, found {size_of(self.has_grad)}")
+        if self._lease.device != memory.device:
+            raise InvalidArgumentError(
+                f"step: expected values {place(memory.device)}, as StepValues(..., context=context) has them, found "
+                f"some {place(self._lease.device)}"
+            )
         return self.reference
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -269,7 +288,7 @@ class Allocator(NativeObject):
     ) -> None:
         if budget_unit not in _UNITS:
             raise InvalidArgumentError(f"budget_unit: expected one of {', '.join(_UNITS)}, found {budget_unit!r}")
-        self.context, self.library = context, context.library
+        self.context, self.library, self.memory = context, context.library, context.memory
         self.adapters = tuple(adapters)
         self.n_adapters = len(self.adapters)
         self.ranks = [adapter.init_r for adapter in self.adapters]
@@ -325,17 +344,23 @@ class Allocator(NativeObject):
         """
         handle = self.handle
         sizes = self.sizes(len(slices))
+        lease = self.memory.lease(stream)
         if state is None:
-            state = handle.bound[0] if handle.bound else aligned_bytes(sizes.state)
-        workspace = aligned_bytes(sizes.workspace) if workspace is None else workspace
+            state = handle.bound[0] if handle.bound else self.memory.aligned_bytes(sizes.state, "state")
+        workspace = self.memory.aligned_bytes(sizes.workspace, "workspace") if workspace is None else workspace
+        places = (
+            as_aligned(state, "state", sizes.state, lease)[0],
+            as_aligned(workspace, "workspace", sizes.workspace, lease)[0],
+        )
         structs = (c.adalora_slice_t * len(slices))()
         for k, part in enumerate(slices):
-            self._fill(structs[k], part, f"slices[{k}]")
-        hyper_structs = (c.adalora_hyper_t * len(hypers))(*(h.struct(f"hypers[{k}]") for k, h in enumerate(hypers)))
+            self._fill(structs[k], part, f"slices[{k}]", lease)
+        hyper_structs = (c.adalora_hyper_t * len(hypers))(
+            *(h.struct(f"hypers[{k}]", lease) for k, h in enumerate(hypers))
+        )
         self.library.adalora_allocator_bind(
             handle.pointer,
-            as_aligned(state, "state", sizes.state),
-            as_aligned(workspace, "workspace", sizes.workspace),
+            *places,
             structs,
             ctypes.sizeof(c.adalora_slice_t),
             len(slices),
@@ -345,7 +370,7 @@ class Allocator(NativeObject):
             stream,
         )
         # The library keeps these addresses.
-        handle.bound = (state, workspace, tuple(slices), tuple(hypers), structs, hyper_structs)
+        handle.bound = (state, workspace, tuple(slices), tuple(hypers), structs, hyper_structs, places, lease)
 
     def rebind(self, grads: Sequence[int], hypers: Sequence[Hyper] | None = None, *, stream: int | None = None) -> None:
         """Bind again with gradients in other places and all else as it was, which takes a fraction of `bind`'s time.
@@ -360,20 +385,19 @@ class Allocator(NativeObject):
         handle = self.handle
         if not handle.bound:
             raise InvalidStateError("rebind: expected bind before, found nothing bound")
-        state, workspace, slices, bound_hypers, structs, hyper_structs = handle.bound
+        state, workspace, slices, bound_hypers, structs, hyper_structs, places, lease = handle.bound
         hypers = bound_hypers if hypers is None else tuple(hypers)
         for name, found, expected in (("grads", grads, slices), ("hypers", hypers, bound_hypers)):
             if len(found) != len(expected):
                 raise InvalidArgumentError(f"{name}: expected {len(expected)}, found {len(found)}")
         if hypers is not bound_hypers:
-            hyper_structs = type(hyper_structs)(*(h.struct(f"hypers[{k}]") for k, h in enumerate(hypers)))
+            hyper_structs = type(hyper_structs)(*(h.struct(f"hypers[{k}]", lease) for k, h in enumerate(hypers)))
         if slices:
             words = np.frombuffer(structs, np.uintp).reshape(len(slices), -1)
             words[:, c.adalora_slice_t.g.offset // words.itemsize] = grads
         self.library.adalora_allocator_bind(
             handle.pointer,
-            as_aligned(state, "state", 0),
-            as_aligned(workspace, "workspace", 0),
+            *places,
             structs,
             ctypes.sizeof(c.adalora_slice_t),
             len(slices),
@@ -385,7 +409,7 @@ class Allocator(NativeObject):
         # The gradients that were bound first need not live any longer.
         if slices and slices[0].g is not None:
             slices = tuple(part._replace(g=None) for part in slices)
-        handle.bound = (state, workspace, slices, hypers, structs, hyper_structs)
+        handle.bound = (state, workspace, slices, hypers, structs, hyper_structs, places, lease)
 
     def bind_all(
         self,
@@ -428,12 +452,13 @@ class Allocator(NativeObject):
             for k in range(self.n_adapters)
             for matrix in _MATRICES
         ]
-        state = aligned_bytes(self.sizes(len(slices)).state)
+        state = self.memory.aligned_bytes(self.sizes(len(slices)).state, "state")
         self.bind(slices, [] if hyper is None else [hyper], state=state, stream=stream)
-        values = StepValues(0, grad_factor=1.0, has_grad=np.ones(self.n_adapters, np.uint8))
+        has_grad = self.memory.array(np.ones(self.n_adapters, np.uint8), "has_grad")
+        values = StepValues(0, grad_factor=1.0, has_grad=has_grad, context=self.context, stream=stream)
         return Training(params, grads, ipt, unc, m, v, masters, hyper, values, slices)
 
-    def _fill(self, struct: c.adalora_slice_t, part: Slice, name: str) -> None:
+    def _fill(self, struct: c.adalora_slice_t, part: Slice, name: str, lease: Lease) -> None:
         if part.matrix not in _MATRICES:
             raise InvalidArgumentError(f"{name}.matrix: expected one of A, E, B, found {part.matrix!r}")
         if not 0 <= part.adapter < self.n_adapters:
@@ -446,14 +471,14 @@ class Allocator(NativeObject):
         struct.adapter, struct.begin, struct.end = part.adapter, part.begin, end
         struct.matrix, struct.hyper, struct.replica = _MATRICES[part.matrix], part.hyper, part.replica
         p_types = own if part.p_low is None else (FLOAT32,)
-        struct.p, struct.p_dtype = as_buffer(part.p, f"{name}.p", shape=shape, dtypes=p_types)
-        struct.g, struct.g_dtype = as_buffer(part.g, f"{name}.g", shape=shape, dtypes=(*own, *state))
+        struct.p, struct.p_dtype = as_buffer(part.p, f"{name}.p", shape=shape, dtypes=p_types, lease=lease)
+        struct.g, struct.g_dtype = as_buffer(part.g, f"{name}.g", shape=shape, dtypes=(*own, *state), lease=lease)
         if part.p_low is not None:
-            struct.p_low, _ = as_buffer(part.p_low, f"{name}.p_low", shape=shape, dtypes=own)
+            struct.p_low, _ = as_buffer(part.p_low, f"{name}.p_low", shape=shape, dtypes=own, lease=lease)
         for moment in ("m", "v", "exp_avg_ipt", "exp_avg_unc"):
             array = getattr(part, moment)
             if array is not None:
-                setattr(struct, moment, as_buffer(array, f"{name}.{moment}", shape=shape, dtypes=state)[0])
+                setattr(struct, moment, as_buffer(array, f"{name}.{moment}", shape=shape, dtypes=state, lease=lease)[0])
 
     # The steps of training
 
@@ -473,8 +498,9 @@ class Allocator(NativeObject):
         """
         handle = self.handle
         size = self.sizes(0).gram // 8
-        gram = np.empty(size) if gram is None else gram
-        address = as_values(gram, "gram", dtype=np.float64, size=size, writable=True)
+        gram = self.memory.array(np.zeros(size), "gram") if gram is None else gram
+        lease = self.memory.lease(stream)
+        address = as_values(gram, "gram", dtype=np.float64, size=size, writable=True, lease=lease)
         self.library.adalora_allocator_gram(handle.pointer, address, stream)
         return gram
 
@@ -497,21 +523,25 @@ class Allocator(NativeObject):
             stream: CUDA stream.
 
         Returns:
-            The penalty, without `factor`; None where `value` receives it.
+            The penalty, without `factor`, in host memory; None where `value` receives it, and on CUDA, where nothing
+            is read back.
 
         """
-        handle = self.handle
-        factor = None if factor is None else one_value(factor, np.float64)
-        result = np.zeros(1) if value is None else value
+        handle, lease = self.handle, self.memory.lease(stream)
+        factor = None if factor is None else one_value(factor, np.float64, self.memory, "factor")
+        result = np.zeros(1) if value is None and self.memory.device is None else value
+        number = partial(as_values, dtype=np.float64, size=1, lease=lease)
         self.library.adalora_allocator_orthogonality(
             handle.pointer,
-            None if gram is None else as_values(gram, "gram", dtype=np.float64, size=self.sizes(0).gram // 8),
+            None
+            if gram is None
+            else as_values(gram, "gram", dtype=np.float64, size=self.sizes(0).gram // 8, lease=lease),
             orth_reg_weight,
-            None if factor is None else as_values(factor, "factor", dtype=np.float64, size=1),
-            as_values(result, "value", dtype=np.float64, size=1, writable=True),
+            None if factor is None else number(factor, "factor"),
+            None if result is None else number(result, "value", writable=True),
             stream,
         )
-        return float(result[0]) if value is None else None
+        return None if value is not None or result is None else float(result[0])
 
     def gradient_norm(
         self,
@@ -530,19 +560,22 @@ class Allocator(NativeObject):
             stream: CUDA stream.
 
         """
-        handle = self.handle
+        handle, lease = self.handle, self.memory.lease(stream)
+        value = partial(as_values, size=1, writable=True, lease=lease)
         self.library.adalora_allocator_gradient_norm(
             handle.pointer,
-            None if has_grad is None else as_flags(has_grad, "has_grad", size=self.n_adapters),
-            as_values(sum_of_squares, "sum_of_squares", dtype=np.float64, size=1, writable=True),
-            None if found_inf is None else as_values(found_inf, "found_inf", dtype=np.float32, size=1, writable=True),
+            None if has_grad is None else as_flags(has_grad, "has_grad", size=self.n_adapters, lease=lease),
+            value(sum_of_squares, "sum_of_squares", dtype=np.float64),
+            None if found_inf is None else value(found_inf, "found_inf", dtype=np.float32),
             stream,
         )
 
     def step(self, step: int | StepValues, *, with_adamw: bool = True, stream: int | None = None) -> None:
         """`update`, `scores` and `select` in one call (PEFT's `update_and_allocate`, after the optimiser's step)."""
-        handle, values = self.handle, _values(step)
-        self.library.adalora_allocator_step(handle.pointer, values.check(self.n_adapters), with_adamw, stream)
+        handle, values = self.handle, self._values(step, stream)
+        self.library.adalora_allocator_step(
+            handle.pointer, values.check(self.n_adapters, self.memory), with_adamw, stream
+        )
 
     def update(self, step: int | StepValues, *, with_adamw: bool = True, stream: int | None = None) -> None:
         """AdamW, then importance from the parameters after it and the gradients that it used.
@@ -553,8 +586,10 @@ class Allocator(NativeObject):
             stream: CUDA stream.
 
         """
-        handle, values = self.handle, _values(step)
-        self.library.adalora_allocator_update(handle.pointer, values.check(self.n_adapters), with_adamw, stream)
+        handle, values = self.handle, self._values(step, stream)
+        self.library.adalora_allocator_update(
+            handle.pointer, values.check(self.n_adapters, self.memory), with_adamw, stream
+        )
 
     def scores(self, scores: Array | None = None, *, stream: int | None = None) -> Array:
         """Importance of every triplet, adapter by adapter, over the owned elements; sharded processes sum it.
@@ -565,8 +600,9 @@ class Allocator(NativeObject):
 
         """
         handle = self.handle
-        scores = np.empty(self.total_rank) if scores is None else scores
-        address = as_values(scores, "scores", dtype=np.float64, size=self.total_rank, writable=True)
+        scores = self.memory.array(np.zeros(self.total_rank), "scores") if scores is None else scores
+        lease = self.memory.lease(stream)
+        address = as_values(scores, "scores", dtype=np.float64, size=self.total_rank, writable=True, lease=lease)
         self.library.adalora_allocator_scores(handle.pointer, address, stream)
         return scores
 
@@ -579,14 +615,17 @@ class Allocator(NativeObject):
             stream: CUDA stream.
 
         """
-        handle, values = self.handle, _values(step)
-        address = self._scores(scores)
-        self.library.adalora_allocator_select(handle.pointer, values.check(self.n_adapters), address, stream)
+        handle, values = self.handle, self._values(step, stream)
+        lease = self.memory.lease(stream)
+        address = self._scores(scores, lease)
+        self.library.adalora_allocator_select(
+            handle.pointer, values.check(self.n_adapters, self.memory), address, stream
+        )
 
     def finalize(self, scores: Array | None = None, *, stream: int | None = None) -> None:
         """Take the last mask now, as crossing `total_step - tfinal` would; nothing where the pattern is final."""
-        handle = self.handle
-        self.library.adalora_allocator_finalize(handle.pointer, self._scores(scores), stream)
+        handle, lease = self.handle, self.memory.lease(stream)
+        self.library.adalora_allocator_finalize(handle.pointer, self._scores(scores, lease), stream)
 
     def reset(self, *, stream: int | None = None) -> None:
         """Begin a new run: pattern, clocks, counters, averages and moments as at the start; parameters stay."""
@@ -617,8 +656,13 @@ class Allocator(NativeObject):
         own, other = self.handle, compacted.handle
         self.library.adalora_allocator_compact_sync(own.pointer, other.pointer, stream)
 
-    def _scores(self, scores: Array | None) -> int | None:
-        return None if scores is None else as_values(scores, "scores", dtype=np.float64, size=self.total_rank)
+    def _scores(self, scores: Array | None, lease: Lease) -> int | None:
+        if scores is None:
+            return None
+        return as_values(scores, "scores", dtype=np.float64, size=self.total_rank, lease=lease)
+
+    def _values(self, step: int | StepValues, stream: int | None) -> StepValues:
+        return step if isinstance(step, StepValues) else StepValues(step, context=self.context, stream=stream)
 
     # Where a run stands, out and in
 
@@ -641,11 +685,22 @@ class Allocator(NativeObject):
         by_adapter = np.split(pattern, np.cumsum(self.ranks)[:-1])
         return Standing(by_adapter, ranks.tolist(), adam_steps.tolist(), **counters)
 
-    def digest(self, *, stream: int | None = None) -> int:
-        """A hash of what every process must agree on: pattern, whether it is final, last step."""
-        handle, digest = self.handle, ctypes.c_uint64()
-        self.library.adalora_allocator_digest(handle.pointer, ctypes.byref(digest), stream)
-        return digest.value
+    def digest(self, digest: Array | None = None, *, stream: int | None = None) -> int | None:
+        """A hash of what every process must agree on: pattern, whether it is final, last step.
+
+        Args:
+            digest: one uint64, receives it; to be given on CUDA, where nothing is read back.
+            stream: CUDA stream.
+
+        Returns:
+            The hash; None where `digest` receives it.
+
+        """
+        handle, lease = self.handle, self.memory.lease(stream)
+        result = np.zeros(1, np.uint64) if digest is None else digest
+        address = as_values(result, "digest", dtype=np.uint64, size=1, writable=True, lease=lease)
+        self.library.adalora_allocator_digest(handle.pointer, address, stream)
+        return int(result[0]) if digest is None else None
 
     def set_pattern(self, pattern: Array | Sequence[Any], *, final: bool = False, stream: int | None = None) -> None:
         """Set which triplets are kept: from another process, or from a checkpoint. E of the others becomes 0.
@@ -662,10 +717,10 @@ class Allocator(NativeObject):
                 raise InvalidArgumentError(
                     f"pattern: expected {self.ranks} flags by adapter, found {[len(flags) for flags in pattern]}"
                 )
-            pattern = np.array([bool(flag) for flags in pattern for flag in flags], np.bool_)
-        self.library.adalora_allocator_set_pattern(
-            handle.pointer, as_flags(pattern, "pattern", size=self.total_rank), final, stream
-        )
+            flags = np.array([bool(flag) for flags in pattern for flag in flags], np.uint8)
+            pattern = self.memory.array(flags, "pattern")
+        address = as_flags(pattern, "pattern", size=self.total_rank, lease=self.memory.lease(stream))
+        self.library.adalora_allocator_set_pattern(handle.pointer, address, final, stream)
 
     def set_adam_steps(self, adam_steps: Sequence[int], *, stream: int | None = None) -> None:
         """Set how many updates led to the bound moments of each adapter, where another optimiser made them.
@@ -696,5 +751,5 @@ class Allocator(NativeObject):
         self.library.adalora_allocator_load_state_sync(handle.pointer, data, len(data), stream)
 
 
-def _values(step: int | StepValues) -> StepValues:
-    return step if isinstance(step, StepValues) else StepValues(step)
+def _memory(context: Context | None) -> Memory:
+    return HOST if context is None else context.memory

@@ -18,7 +18,7 @@ import numpy as np
 from . import _bindings as c
 from ._handle import Handle, NativeObject
 from ._library import Library, load
-from .arrays import BFLOAT16, NAMES, Array, Triplets, as_matrix, view, zeros
+from .arrays import BFLOAT16, HOST, NAMES, Array, Lease, Triplets, as_matrix, view
 from .errors import InvalidArgumentError
 
 __all__ = ["AdapterInfo", "Checkpoint", "SavedAdapter", "TensorInfo", "export_lora", "save"]
@@ -226,8 +226,9 @@ class Checkpoint(NativeObject):
         if params is None:
             r = info.kept if compact else info.rank
             shapes = (r, info.in_features), (r, 1), (info.out_features, r)
-            params = Triplets(*(zeros(s, _CODES[d]) for s, d in zip(shapes, info.dtypes, strict=True)))
-        triplets = _triplets(params, "params", writable=True)
+            params = Triplets(*(HOST.zeros(s, _CODES[d], "params") for s, d in zip(shapes, info.dtypes, strict=True)))
+        lease = HOST.lease()
+        triplets = _triplets(params, "params", lease, writable=True)
         self.library.adalora_checkpoint_read_adapter(self.handle.pointer, index, ctypes.byref(triplets))
         return params
 
@@ -276,7 +277,8 @@ class Checkpoint(NativeObject):
         index, info = _item(self._tensors.get(files, {}), name)
         if out is None:
             out = _new(info)
-        address, dtype = _elements(out, "out", info.shape, writable=True)
+        lease = HOST.lease()
+        address, dtype = _elements(out, "out", lease, info.shape, writable=True)
         if DTYPES[dtype] != info.dtype:
             raise InvalidArgumentError(f"out: expected an array of {info.dtype}, found {DTYPES[dtype]}")
         self.library.adalora_checkpoint_read_tensor(self.handle.pointer, files, index, address, info.nbytes)
@@ -295,7 +297,8 @@ class _Contents:
         state: str | None,
         state_tensors: Mapping[str, Array],
     ) -> None:
-        self._kept: list[Any] = [adapters, tensors, state_tensors]
+        self._lease = HOST.lease()
+        self._kept: list[Any] = [adapters, tensors, state_tensors, self._lease]
         self.desc = c.adalora_checkpoint_desc_t(ctypes.sizeof(c.adalora_checkpoint_desc_t), os.fsencode(folder))
         if config is not None:
             try:
@@ -323,7 +326,7 @@ class _Contents:
 
     def _entry(self, name: str, adapter: SavedAdapter) -> c.adalora_adapter_entry_t:
         entry = c.adalora_adapter_entry_t(ctypes.sizeof(c.adalora_adapter_entry_t), _bytes(name, "adapters"))
-        entry.params = _triplets(adapter.params, f"adapters[{name!r}].params")
+        entry.params = _triplets(adapter.params, f"adapters[{name!r}].params", self._lease)
         entry.rank, entry.scaling, entry.embedding = adapter.rank, adapter.scaling, adapter.embedding
         if adapter.pattern is not None:
             pattern = np.ascontiguousarray(adapter.pattern, np.uint8)
@@ -337,8 +340,8 @@ class _Contents:
 
     def _tensor(self, name: str, array: Array) -> c.adalora_tensor_t:
         tensor = c.adalora_tensor_t(ctypes.sizeof(c.adalora_tensor_t), _bytes(name, "tensors"))
-        shape = view(array, name).shape
-        tensor.data, tensor.dtype = _elements(array, name, shape)
+        shape = view(array, name, self._lease).shape
+        tensor.data, tensor.dtype = _elements(array, name, self._lease, shape)
         tensor.shape, tensor.n_dims = self._address(np.array(shape, np.int64)), len(shape)
         return tensor
 
@@ -362,16 +365,11 @@ def _bytes(text: str, name: str) -> bytes:
     return encoded
 
 
-def _on_host(array: Array, name: str) -> None:
-    # PyTorch's tensors say so; the address of any other lies on the host.
-    if not getattr(array, "is_cpu", True):
-        raise InvalidArgumentError(f"{name}: expected an array in host memory, found one on {array.device}")
-
-
-def _elements(array: Array, name: str, shape: tuple[int, ...], *, writable: bool = False) -> tuple[int, int]:
+def _elements(
+    array: Array, name: str, lease: Lease, shape: tuple[int, ...], *, writable: bool = False
+) -> tuple[int, int]:
     """Address and type of an array of any of the types that files hold."""
-    _on_host(array, name)
-    v = view(array, name)
+    v = view(array, name, lease)
     if v.kind not in _CODES:
         raise InvalidArgumentError(f"{name}: expected one of {', '.join(_CODES)}, found {v.kind}")
     if v.shape != shape:
@@ -379,25 +377,24 @@ def _elements(array: Array, name: str, shape: tuple[int, ...], *, writable: bool
     if not v.gapless:
         raise InvalidArgumentError(f"{name}: expected a row-major array without gaps, found strides {v.strides}")
     if writable and not v.writable:
-        raise InvalidArgumentError(f"{name}: expected an array that may be written to, found a read-only one")
+        raise InvalidArgumentError(f"{name}: expected an array that may be written to, found {v.read_only}")
     return v.address, _CODES[v.kind]
 
 
-def _triplets(params: Triplets, name: str, *, writable: bool = False) -> c.adalora_triplets_t:
+def _triplets(params: Triplets, name: str, lease: Lease, *, writable: bool = False) -> c.adalora_triplets_t:
     matrices = []
     for matrix, array in zip("AEB", params, strict=True):
         of = f"{name}.{matrix}"
-        _on_host(array, of)
-        shape = view(array, of).shape
+        shape = view(array, of, lease).shape
         if len(shape) != 2 and not (matrix == "E" and len(shape) == 1):
             raise InvalidArgumentError(f"{of}: expected two dimensions, found shape {shape}")
-        matrices.append(as_matrix(array, of, shape=shape, dtypes=tuple(NAMES), writable=writable))
+        matrices.append(as_matrix(array, of, shape=shape, dtypes=tuple(NAMES), writable=writable, lease=lease))
     return c.adalora_triplets_t(*matrices)
 
 
 def _new(info: TensorInfo) -> Array:
     if _CODES[info.dtype] == BFLOAT16:
-        return zeros(info.shape, BFLOAT16)
+        return HOST.zeros(info.shape, BFLOAT16, "out")
     try:
         return np.empty(info.shape, info.dtype)
     except TypeError:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import _bindings as c
+from ._cuda import Runtime, load_wheels
 from ._handle import Handle, NativeObject
 from ._library import Library, load
-from .arrays import Array, as_values
+from .arrays import Array, Memory, as_values
 from .errors import InvalidArgumentError
 
 _BACKENDS = {"cpu": c.ADALORA_BACKEND_CPU, "cuda": c.ADALORA_BACKEND_CUDA}
@@ -25,7 +27,7 @@ class Context(NativeObject):
     ...     adapter = adalora.Adapter(context, in_features=768, out_features=768, init_r=12)
 
     Args:
-        backend: "cpu" or "cuda".
+        backend: "cpu", over arrays in host memory, or "cuda", over arrays on the device.
         device: number of the CUDA device.
         threads: how many threads compute, the calling one included; 0: as many as the process may run on.
         parallel: run on threads of the caller's instead of an own pool: a C function in the shape of `GOMP_parallel`,
@@ -33,7 +35,11 @@ class Context(NativeObject):
         log: receives messages as `log(level, text)`, from any thread that is inside a call. It must not call the
             library.
         cublas_handle: address of a `cublasHandle_t` to borrow.
-        library_folder: where to look for CUDA's libraries first.
+        library_folder: where to look for CUDA's libraries first; None: those that are loaded are taken, else those of
+            NVIDIA's wheels, else those that the loader finds.
+        to_device: CUDA: makes an array on the device of one of NumPy's, such as `cupy.asarray`, for what the package
+            makes: workspace, state, zeros, numbers. It may be called in any stream in which the context is used. None:
+            those arrays are to be given, too.
         library: the native library, or its file; None: see `adalora.load`.
 
     """
@@ -48,6 +54,7 @@ class Context(NativeObject):
         log: Callable[[int, str], None] | None = None,
         cublas_handle: int | None = None,
         library_folder: str | os.PathLike[str] | None = None,
+        to_device: Callable[[np.ndarray], Array] | None = None,
         library: Library | str | os.PathLike[str] | None = None,
     ) -> None:
         if backend not in _BACKENDS:
@@ -66,8 +73,12 @@ class Context(NativeObject):
         # The library may call these for as long as anything that was made from this context lives.
         self.callbacks = (parallel, desc.parallel, desc.log)
         pointer = ctypes.POINTER(c.adalora_context_t)()
+        on_device = backend == "cuda"
+        if on_device and library_folder is None:
+            load_wheels()
         self.library.adalora_context_create(ctypes.byref(desc), ctypes.byref(pointer))
         self._handle = Handle(self.library, pointer, self.library.adalora_context_destroy, self.callbacks)
+        self.memory = Memory(device, to_device, Runtime(self.describe())) if on_device else Memory()
 
     def prepare(self, stream: int | None = None) -> None:
         """Take now what the context would otherwise take at its first computation, such as the pool's threads."""
@@ -101,13 +112,14 @@ class Context(NativeObject):
             stream: CUDA stream.
 
         """
-        handle = self.handle
+        handle, lease = self.handle, self.memory.lease(stream)
+        value = partial(as_values, dtype=np.float64, size=1, lease=lease)
         self.library.adalora_context_gradient_factor(
             handle.pointer,
-            as_values(sum_of_squares, "sum_of_squares", dtype=np.float64, size=1),
-            None if loss_scale is None else as_values(loss_scale, "loss_scale", dtype=np.float64, size=1),
+            value(sum_of_squares, "sum_of_squares"),
+            None if loss_scale is None else value(loss_scale, "loss_scale"),
             max_norm,
-            as_values(grad_factor, "grad_factor", dtype=np.float64, size=1, writable=True),
+            value(grad_factor, "grad_factor", writable=True),
             stream,
         )
 

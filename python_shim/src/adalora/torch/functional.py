@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from .. import _bindings as c
 from ..adapter import Adapter, Stage
-from ..arrays import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, NAMES, View, view
+from ..arrays import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, NAMES, Lease, View, view
 from ..context import Context
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from .distributed import is_dtensor
@@ -26,16 +26,21 @@ DTYPES = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: BFLOAT
 
 
 @view.register(Tensor)
-def _(tensor: Tensor, name: str) -> View:
+def _(tensor: Tensor, name: str, lease: Lease) -> View:
     sharded = is_dtensor(tensor)
     if tensor.layout != torch.strided or tensor.device.type == "meta" or sharded:
         found = "one on the meta device" if tensor.device.type == "meta" else f"one of layout {tensor.layout}"
         found = "one that is spread over processes" if sharded else found
         raise InvalidArgumentError(f"{name}: expected a tensor with memory of its own, found {found}")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"{name}: expected a tensor of type cpu or cuda, found one on {tensor.device}")
+    device = tensor.device.index if tensor.device.type == "cuda" else None
+    lease.check(device, name)
     size = tensor.element_size()
     strides = tuple(stride * size for stride in tensor.stride())
     kind = str(tensor.dtype).removeprefix("torch.")
-    return View(tensor.data_ptr(), tuple(tensor.shape), strides, size, DTYPES.get(tensor.dtype), True, kind)
+    code = DTYPES.get(tensor.dtype)
+    return View(tensor.data_ptr(), tuple(tensor.shape), strides, size, code, True, kind, device)
 
 
 def context(device: torch.device, threads: int | None = None) -> Context:
