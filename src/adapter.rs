@@ -53,6 +53,8 @@ pub struct Geometry {
     pub param_dtype: Dtype,
     /// Type of x, y, dx, dy.
     pub activation_dtype: Dtype,
+    /// Terms, 1 to 3, of an operand that is multiplied in fewer bits than it has.
+    pub operand_terms: usize,
 }
 
 impl Geometry {

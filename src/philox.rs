@@ -37,12 +37,12 @@ pub struct Dropout {
 impl Dropout {
     /// The mask of (seed, offset) that drops with probability p.
     pub fn new(seed: u64, offset: u64, p: f64) -> Self {
-        Self {
-            key: words(seed),
-            offset: words(offset),
-            threshold: (p * 4_294_967_296.0).round() as u64,
-            keep_scale: 1.0 / (1.0 - p),
-        }
+        Self { key: words(seed), offset: words(offset), threshold: Self::threshold(p), keep_scale: 1.0 / (1.0 - p) }
+    }
+
+    /// The word below which an element falls.
+    pub fn threshold(p: f64) -> u64 {
+        (p * 4_294_967_296.0).round() as u64
     }
 
     /// Calls `keep(i, stays)` for the columns `first`, `first + 1`, … of a token, i counting from 0.

@@ -479,8 +479,10 @@ pub(super) unsafe fn geometry(desc: *const AdapterDesc) -> Result<Geometry> {
     if !(0..=3).contains(&d.operand_terms) {
         return Err(Error::argument("desc.operand_terms", d.operand_terms, "0 (default), 1, 2 or 3"));
     }
+    let operand_terms = if d.operand_terms == 0 { 2 } else { d.operand_terms as usize };
     reserved(d.reserved, "desc.reserved")?;
-    Ok(Geometry { input, output, rank, ranknum, alpha: d.alpha, dropout: d.dropout, param_dtype, activation_dtype })
+    let (alpha, dropout) = (d.alpha, d.dropout);
+    Ok(Geometry { input, output, rank, ranknum, alpha, dropout, param_dtype, activation_dtype, operand_terms })
 }
 
 /// The adapter that a call names.
