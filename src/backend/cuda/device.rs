@@ -57,7 +57,19 @@ macro_rules! kernels {
     };
 }
 
-kernels! {}
+kernels! {
+    PassMagnitudes: c"pass_magnitudes",
+    PassPack: c"pass_pack",
+    PassFinishFloat32: c"pass_finish_float32",
+    PassFinishFloat64: c"pass_finish_float64",
+    PassReduce: c"pass_reduce",
+    PassGradient: c"pass_gradient",
+    PassDrop: c"pass_drop",
+    PassUndrop: c"pass_undrop",
+    WeightInitialize: c"weight_initialize",
+    WeightDelta: c"weight_delta",
+    GradientFactor: c"gradient_factor",
+}
 
 /// What a kernel takes.
 ///
@@ -675,6 +687,16 @@ pub(super) struct Gemm {
     pub(super) b: Operand,
     pub(super) beta: f64,
     pub(super) c: Operand,
+}
+
+/// An element type, as kernels number them: as the header does.
+pub(super) fn code(dtype: Dtype) -> i32 {
+    match dtype {
+        Dtype::Float32 => 1,
+        Dtype::Float64 => 2,
+        Dtype::Bfloat16 => 3,
+        Dtype::Float16 => 4,
+    }
 }
 
 /// `cudaDataType`.

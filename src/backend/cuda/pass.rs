@@ -21,7 +21,7 @@
 //! The factors are packed: in the type of x where that is half precision, each element in one to three terms, and each
 //! triplet of float16 divided by a power of two; E and the scaling go into h and g on their way to the second factor.
 
-use super::device::{Arguments, Blas, Device, Gemm, Kernel, Operand, Session};
+use super::device::{Arguments, Blas, Device, Gemm, Kernel, Operand, Session, code};
 use crate::adapter::{ALIGNMENT, Call, Geometry, MAX_GROUP, Pass};
 use crate::error::{Code, Error, Result};
 use crate::philox::Dropout;
@@ -45,16 +45,6 @@ const MOST_BLOCKS: usize = 1 << 20;
 const MOST_FACTOR_BLOCKS: usize = 1 << 12;
 
 const NULL: Address = Address(0);
-
-/// The header's number of an element type.
-pub(super) fn code(dtype: Dtype) -> i32 {
-    match dtype {
-        Dtype::Float32 => 1,
-        Dtype::Float64 => 2,
-        Dtype::Bfloat16 => 3,
-        Dtype::Float16 => 4,
-    }
-}
 
 fn optional(address: Option<Address>) -> Address {
     address.unwrap_or(NULL)

@@ -1,7 +1,6 @@
 //! Initial triplets, delta weights, copies, and the factor that unscales and clips gradients.
 
-use super::device::{Arguments, Device, Kernel};
-use super::pass::code;
+use super::device::{Arguments, Device, Kernel, code};
 use crate::adapter::{Combine, Geometry, Layout};
 use crate::error::{Code, Error, Result};
 use crate::tensor::{Address, Dtype, Matrix, Stream, Triplets};
