@@ -113,15 +113,13 @@ class Part:
         return "; ".join(dict.fromkeys(said))
 
 
-def parts(device: str, software: Path) -> list[Part]:
+def parts(device: str) -> list[Part]:
     """Everything that there is to run."""
     tests = BUNDLE / "bin"
     operations = tests / "test_operations"
     python = sys.executable
     golden = [ROOT / "python_shim" / "tests" / "golden", BUNDLE / "golden"]
     replay = [python, ROOT / "python_shim" / "tests" / "replay.py", "--device", device]
-    if device == "software-cuda":
-        replay += ["--library-folder", software]
     suites = sorted(file for file in tests.glob("test_*") if file != operations)
     found = [
         Part("operations", [operations, "--gtest_filter=cuda_*-cuda_graph_*"], 150),
@@ -194,11 +192,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="after which everything has ended")
     parser.add_argument("--jobs", type=int, default=4, help="parts that run at once")
     parser.add_argument("--device", choices=["cuda", "software-cuda"], default="cuda")
-    parser.add_argument("--software", type=Path, default=ROOT / "target" / "cpp" / "software_cuda")
+    parser.add_argument("--software", type=Path, default=ROOT / "target" / "cpp" / "software_cuda" / "lib")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     on_gpu = options.device == "cuda"
-    todo = [part for part in parts(options.device, options.software.resolve()) if on_gpu or not part.needs_gpu]
+    todo = [part for part in parts(options.device) if on_gpu or not part.needs_gpu]
     if options.only:
         names = {part.name for part in todo}
         asked = options.only.split(",")
