@@ -491,8 +491,7 @@ impl Allocator {
         if with_adamw {
             bound.binding().serves_adamw()?;
         }
-        bound.update(step, with_adamw, stream)?;
-        bound.select(step, None, stream)
+        bound.step(step, with_adamw, stream)
     }
 
     /// The last mask, now.

@@ -104,6 +104,12 @@ pub trait BoundAllocator: Send + Sync {
     /// What the schedule says for the step.
     fn select(&mut self, step: &StepSource, scores: Option<Address>, stream: Stream) -> Result<()>;
 
+    /// Update and selection. An override ends with one change of the state.
+    fn step(&mut self, step: &StepSource, with_adamw: bool, stream: Stream) -> Result<()> {
+        self.update(step, with_adamw, stream)?;
+        self.select(step, None, stream)
+    }
+
     /// The last mask, now.
     fn finalize(&mut self, scores: Option<Address>, stream: Stream) -> Result<()>;
 

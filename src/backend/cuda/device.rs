@@ -69,6 +69,19 @@ kernels! {
     WeightInitialize: c"weight_initialize",
     WeightDelta: c"weight_delta",
     GradientFactor: c"gradient_factor",
+    AllocatorPlan: c"allocator_plan",
+    AllocatorSquares: c"allocator_squares",
+    AllocatorNorm: c"allocator_norm",
+    AllocatorUpdate: c"allocator_update",
+    AllocatorScoresOfB: c"allocator_scores_of_b",
+    AllocatorScores: c"allocator_scores",
+    AllocatorSelect: c"allocator_select",
+    AllocatorFinish: c"allocator_finish",
+    AllocatorGram: c"allocator_gram",
+    AllocatorDistance: c"allocator_distance",
+    AllocatorPenalty: c"allocator_penalty",
+    AllocatorDigest: c"allocator_digest",
+    AllocatorGather: c"allocator_gather",
 }
 
 /// What a kernel takes.

@@ -1323,7 +1323,7 @@ __device__ inline double lane_scores(const Slice& slice, int64_t begin, int64_t 
     for (int64_t i = lane; i < fours; i += 32) {
       const Four<float> ipt = four<float>(slice.exp_avg_ipt, begin + 4 * i);
       const Four<float> unc = four<float>(slice.exp_avg_unc, begin + 4 * i);
-      UNROLL for (int k = 0; k < 4; ++k) sum += double(ipt.x[k]) * double(unc.x[k]);
+      UNROLL for (int k = 0; k < 4; ++k) sum += capped(double(ipt.x[k]) * double(unc.x[k]));
     }
     begin += 4 * fours;
   }

@@ -81,7 +81,7 @@ impl Backend for Cuda {
     }
 
     fn allocator_workspace(&self, model: &Model, n_slices: usize) -> Result<usize> {
-        allocator::workspace(&self.0, model, n_slices)
+        allocator::workspace(model, n_slices)
     }
 
     fn bind(&self, binding: Binding, stream: Stream) -> Result<Box<dyn BoundAllocator>> {
