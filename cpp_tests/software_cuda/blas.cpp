@@ -80,16 +80,23 @@ int with_handle(const char* name, cublasHandle_t handle, Body body) {
 
 bool element_of(int type, Element& element) {
   switch (type) {
-    case CUDA_R_64F: element = Element::float64; return true;
-    case CUDA_R_32F: element = Element::float32; return true;
-    case CUDA_R_16BF: element = Element::bfloat16; return true;
-    case CUDA_R_16F: element = Element::float16; return true;
-    default: return false;
+    case CUDA_R_64F:
+      element = Element::float64;
+      return true;
+    case CUDA_R_32F:
+      element = Element::float32;
+      return true;
+    case CUDA_R_16BF:
+      element = Element::bfloat16;
+      return true;
+    case CUDA_R_16F:
+      element = Element::float16;
+      return true;
+    default:
+      return false;
   }
 }
-uint64_t size_of(Element element) {
-  return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
-}
+uint64_t size_of(Element element) { return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2; }
 
 struct Product {
   int transa, transb;
@@ -112,7 +119,8 @@ struct Product {
 void take_types(const Product& p, int math_mode, protocol::Gemm& g) {
   const auto refused = [&] {
     reject(CUBLAS_STATUS_NOT_SUPPORTED, "types " + std::to_string(p.a_type) + ", " + std::to_string(p.b_type) + ", " +
-                                            std::to_string(p.c_type) + " with compute type " + std::to_string(p.compute));
+                                            std::to_string(p.c_type) + " with compute type " +
+                                            std::to_string(p.compute));
   };
   if (!element_of(p.a_type, g.a.element) || !element_of(p.b_type, g.b.element) || !element_of(p.c_type, g.c.element))
     refused();
@@ -128,11 +136,19 @@ void take_types(const Product& p, int math_mode, protocol::Gemm& g) {
     case CUBLAS_COMPUTE_32F:
       if (singles && (math_mode & 15) == CUBLAS_TF32_TENSOR_OP_MATH) g.rounding = Rounding::tf32;
       break;
-    case CUBLAS_COMPUTE_32F_PEDANTIC: break;
-    case CUBLAS_COMPUTE_32F_FAST_TF32: g.rounding = Rounding::tf32; break;
-    case CUBLAS_COMPUTE_32F_FAST_16BF: g.rounding = Rounding::bfloat16; break;
-    case CUBLAS_COMPUTE_32F_FAST_16F: g.rounding = Rounding::float16; break;
-    default: refused();
+    case CUBLAS_COMPUTE_32F_PEDANTIC:
+      break;
+    case CUBLAS_COMPUTE_32F_FAST_TF32:
+      g.rounding = Rounding::tf32;
+      break;
+    case CUBLAS_COMPUTE_32F_FAST_16BF:
+      g.rounding = Rounding::bfloat16;
+      break;
+    case CUBLAS_COMPUTE_32F_FAST_16F:
+      g.rounding = Rounding::float16;
+      break;
+    default:
+      refused();
   }
   if (p.compute != CUBLAS_COMPUTE_32F && p.compute != CUBLAS_COMPUTE_32F_PEDANTIC && !singles) refused();
   if (g.a.element == Element::float64 || g.c.element == Element::float64) refused();
@@ -176,7 +192,8 @@ void spoil(Context& on, const std::string& name, uint64_t address, uint64_t byte
 void multiply(const std::string& name, cublasContext& handle, const Product& p) {
   Context& context = *handle.context;
   if (current() != &context)
-    reject(CUBLAS_STATUS_EXECUTION_FAILED, "the handle is of device " + std::to_string(context.device) + ", whose context is not current");
+    reject(CUBLAS_STATUS_EXECUTION_FAILED,
+           "the handle is of device " + std::to_string(context.device) + ", whose context is not current");
   context.check();
   const cudaStream_t stream = find_stream(context, handle.stream);
   const auto bad = [](const std::string& words) { reject(CUBLAS_STATUS_INVALID_VALUE, words); };
@@ -202,7 +219,8 @@ void multiply(const std::string& name, cublasContext& handle, const Product& p) 
   const bool on_device = handle.pointer_mode == CUBLAS_POINTER_MODE_DEVICE;
   for (const void* at : {p.alpha, p.beta})
     if (is_device_address(at) != on_device)
-      bad(std::string("alpha or beta is not in the ") + (on_device ? "device's" : "host's") + " memory, as the pointer mode says");
+      bad(std::string("alpha or beta is not in the ") + (on_device ? "device's" : "host's") +
+          " memory, as the pointer mode says");
   if (p.m == 0 || p.n == 0) return;
 
   g.m = uint64_t(p.m);
@@ -231,7 +249,8 @@ void multiply(const std::string& name, cublasContext& handle, const Product& p) 
   const uint64_t c_bytes = extent(p.ldc, p.m, p.n, g.c.element);
   parts.push_back({"C", g.c.address, c_bytes, size_of(g.c.element)});
   for (uint64_t address : {g.alpha_address, g.beta_address})
-    if (address != 0) parts.push_back({"alpha or beta", address, g.is_double != 0 ? 8u : 4u, g.is_double != 0 ? 8u : 4u});
+    if (address != 0)
+      parts.push_back({"alpha or beta", address, g.is_double != 0 ? 8u : 4u, g.is_double != 0 ? 8u : 4u});
   const auto meet = [](uint64_t at, uint64_t bytes, uint64_t other, uint64_t other_bytes) {
     return bytes > 0 && other_bytes > 0 && at < other + other_bytes && other < at + bytes;
   };
@@ -288,8 +307,12 @@ int cublasDestroy_v2(cublasHandle_t handle) {
   });
 }
 
-int cublasGetVersion_v2(cublasHandle_t, int* version) {
-  return blas("cublasGetVersion_v2", CUBLAS_STATUS_NOT_INITIALIZED, [&] { *version = 130000; });
+int cublasGetProperty(int property, int* value) {
+  return blas("cublasGetProperty", CUBLAS_STATUS_INTERNAL_ERROR, [&] {
+    if (property < MAJOR_VERSION || property > PATCH_LEVEL)
+      reject(CUBLAS_STATUS_INVALID_VALUE, "property " + std::to_string(property));
+    *value = property == MAJOR_VERSION ? 13 : 0;
+  });
 }
 
 // The workspace is cuBLAS's own again.
@@ -312,7 +335,8 @@ int cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, size_t bytes) 
     if (bytes > 0) {
       const Allocation* allocation = found.context->find(address);
       if (allocation == nullptr || bytes > allocation->address + allocation->bytes - address)
-        reject(CUBLAS_STATUS_INVALID_VALUE, std::to_string(bytes) + " bytes from " + hexadecimal(address) + " are not within a live allocation");
+        reject(CUBLAS_STATUS_INVALID_VALUE,
+               std::to_string(bytes) + " bytes from " + hexadecimal(address) + " are not within a live allocation");
     }
     found.workspace = address;
     found.workspace_bytes = bytes;
@@ -345,11 +369,12 @@ int cublasGetPointerMode_v2(cublasHandle_t handle, int* mode) {
 }
 
 int cublasGemmEx(cublasHandle_t handle, int transa, int transb, int m, int n, int k, const void* alpha, const void* a,
-                 int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc,
-                 int compute, int algorithm) {
+                 int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type,
+                 int ldc, int compute, int algorithm) {
   return with_handle("cublasGemmEx", handle, [&](cublasContext& found) {
-    multiply("cublasGemmEx", found, {transa, transb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc,
-                                     compute, algorithm});
+    multiply(
+        "cublasGemmEx", found,
+        {transa, transb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, algorithm});
   });
 }
 
@@ -357,23 +382,34 @@ int cublasGemmEx_64(cublasHandle_t handle, int transa, int transb, int64_t m, in
                     const void* a, int a_type, int64_t lda, const void* b, int b_type, int64_t ldb, const void* beta,
                     void* c, int c_type, int64_t ldc, int compute, int algorithm) {
   return with_handle("cublasGemmEx_64", handle, [&](cublasContext& found) {
-    multiply("cublasGemmEx_64", found, {transa, transb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type,
-                                        ldc, compute, algorithm});
+    multiply(
+        "cublasGemmEx_64", found,
+        {transa, transb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, algorithm});
   });
 }
 
 const char* cublasGetStatusName(int status) {
   switch (status) {
-    case CUBLAS_STATUS_SUCCESS: return "CUBLAS_STATUS_SUCCESS";
-    case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
-    case CUBLAS_STATUS_ALLOC_FAILED: return "CUBLAS_STATUS_ALLOC_FAILED";
-    case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
-    case CUBLAS_STATUS_ARCH_MISMATCH: return "CUBLAS_STATUS_ARCH_MISMATCH";
-    case CUBLAS_STATUS_MAPPING_ERROR: return "CUBLAS_STATUS_MAPPING_ERROR";
-    case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
-    case CUBLAS_STATUS_INTERNAL_ERROR: return "CUBLAS_STATUS_INTERNAL_ERROR";
-    case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
-    default: return "CUBLAS_UNKNOWN";
+    case CUBLAS_STATUS_SUCCESS:
+      return "CUBLAS_STATUS_SUCCESS";
+    case CUBLAS_STATUS_NOT_INITIALIZED:
+      return "CUBLAS_STATUS_NOT_INITIALIZED";
+    case CUBLAS_STATUS_ALLOC_FAILED:
+      return "CUBLAS_STATUS_ALLOC_FAILED";
+    case CUBLAS_STATUS_INVALID_VALUE:
+      return "CUBLAS_STATUS_INVALID_VALUE";
+    case CUBLAS_STATUS_ARCH_MISMATCH:
+      return "CUBLAS_STATUS_ARCH_MISMATCH";
+    case CUBLAS_STATUS_MAPPING_ERROR:
+      return "CUBLAS_STATUS_MAPPING_ERROR";
+    case CUBLAS_STATUS_EXECUTION_FAILED:
+      return "CUBLAS_STATUS_EXECUTION_FAILED";
+    case CUBLAS_STATUS_INTERNAL_ERROR:
+      return "CUBLAS_STATUS_INTERNAL_ERROR";
+    case CUBLAS_STATUS_NOT_SUPPORTED:
+      return "CUBLAS_STATUS_NOT_SUPPORTED";
+    default:
+      return "CUBLAS_UNKNOWN";
   }
 }
 }

@@ -93,11 +93,8 @@ bool enter(const char* name) {
 // ---- Contexts ----------------------------------------------------------------------------------------------------
 
 Context::Context(int device, uint64_t window, uint64_t window_bytes)
-    : device(device),
-      window(window),
-      window_bytes(window_bytes),
-      next(window + page),
-      legacy{this, true, true, nullptr, nullptr, {}} {}
+    : device(device), window(window), window_bytes(window_bytes), next(window + page), legacy{this,    true,    true,
+                                                                                              nullptr, nullptr, {}} {}
 
 void Context::start() {
   if (process == nullptr) process = std::make_unique<Process>(window, window_bytes);
@@ -170,7 +167,8 @@ uint64_t Context::allocate(size_t bytes) {
 void Context::release(uint64_t address) {
   const auto found = allocations.find(address);
   if (found == allocations.end())
-    refuse(cudaErrorInvalidValue, hexadecimal(address) + " is not the start of a live allocation of device " + std::to_string(device));
+    refuse(cudaErrorInvalidValue,
+           hexadecimal(address) + " is not the start of a live allocation of device " + std::to_string(device));
   settle_all();
   check();
   allocated -= found->second.bytes;
@@ -361,7 +359,8 @@ void forbid_waiting(cudaStream_t stream, const std::string& name) {
   if (stream->capture != nullptr) {
     const bool invalid = stream->capture->invalid;
     invalidate(*stream->capture);
-    refuse(invalid ? cudaErrorStreamCaptureInvalidated : cudaErrorStreamCaptureUnsupported, name + " of a stream that captures");
+    refuse(invalid ? cudaErrorStreamCaptureInvalidated : cudaErrorStreamCaptureUnsupported,
+           name + " of a stream that captures");
   }
   if (!stream->legacy) return;
   for (const auto& capture : state().captures)
@@ -403,7 +402,10 @@ int64_t software_cuda_live(int what) {
 }
 
 void software_cuda_fail_call(int64_t nth) {
-  locked([&](State& all) { all.fail_in = nth; });
+  locked([&](State& all) {
+    all.fail_in = nth;
+    all.failed_call.clear();
+  });
 }
 const char* software_cuda_failed_call() {
   return locked([](State& all) { return all.failed_call.c_str(); });

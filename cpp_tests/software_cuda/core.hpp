@@ -217,9 +217,9 @@ State& state();
 uint64_t random_below(uint64_t n);
 
 // The calling thread's.
-Context* current();                         // by the driver; null: none
-Context& needs_current();                   // the driver's calls
-Context& runtime_context();                 // made current where none is
+Context* current();          // by the driver; null: none
+Context& needs_current();    // the driver's calls
+Context& runtime_context();  // made current where none is
 std::vector<Context*>& context_stack();
 int& runtime_device();
 
@@ -230,7 +230,8 @@ cudaStream_t find_stream(Context& context, cudaStream_t handle);
 template <class T>
 T& find_in(Owned<T>& owned, T* handle, const char* what) {
   const auto found = owned.find(handle);
-  if (found == owned.end()) refuse(cudaErrorInvalidResourceHandle, std::string("not a live ") + what + " of the current context");
+  if (found == owned.end())
+    refuse(cudaErrorInvalidResourceHandle, std::string("not a live ") + what + " of the current context");
   return *found->second;
 }
 

@@ -46,7 +46,13 @@ enum {
   cudaErrorStreamCaptureWrongThread = 908,
   cudaErrorUnknown = 999,
 };
-enum { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
 enum { cudaStreamDefault, cudaStreamNonBlocking };
 enum { cudaEventDefault, cudaEventBlockingSync, cudaEventDisableTiming };
 enum { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
@@ -80,6 +86,7 @@ enum {
   CUBLAS_STATUS_INTERNAL_ERROR = 14,
   CUBLAS_STATUS_NOT_SUPPORTED = 15,
 };
+enum { MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL };
 enum { CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C };
 enum { CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE };
 enum {
@@ -124,6 +131,7 @@ int cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_p
                       int kind, cudaStream_t stream);
 int cudaMemset(void* to, int value, size_t bytes);
 int cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream);
+int cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream);
 
 int cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 int cudaStreamDestroy(cudaStream_t stream);
@@ -158,7 +166,7 @@ int cuGetErrorString(int error, const char** text);
 
 int cublasCreate_v2(cublasHandle_t* handle);
 int cublasDestroy_v2(cublasHandle_t handle);
-int cublasGetVersion_v2(cublasHandle_t handle, int* version);
+int cublasGetProperty(int property, int* value);
 int cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream);
 int cublasGetStream_v2(cublasHandle_t handle, cudaStream_t* stream);
 int cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, size_t bytes);
@@ -167,8 +175,8 @@ int cublasGetMathMode(cublasHandle_t handle, int* mode);
 int cublasSetPointerMode_v2(cublasHandle_t handle, int mode);
 int cublasGetPointerMode_v2(cublasHandle_t handle, int* mode);
 int cublasGemmEx(cublasHandle_t handle, int transa, int transb, int m, int n, int k, const void* alpha, const void* a,
-                 int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc,
-                 int compute, int algorithm);
+                 int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type,
+                 int ldc, int compute, int algorithm);
 int cublasGemmEx_64(cublasHandle_t handle, int transa, int transb, int64_t m, int64_t n, int64_t k, const void* alpha,
                     const void* a, int a_type, int64_t lda, const void* b, int b_type, int64_t ldb, const void* beta,
                     void* c, int c_type, int64_t ldc, int compute, int algorithm);

@@ -2,8 +2,8 @@
 // kernels, matrix products, copies and fills one after another.
 
 #include <fcntl.h>
-#include <signal.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -84,7 +84,8 @@ std::string neighbour(uint64_t address) {
              std::to_string(before.bytes);
   }
   if (next != allocations.end())
-    words += ", " + std::to_string(next->first - address) + " bytes before one of " + std::to_string(next->second.bytes);
+    words +=
+        ", " + std::to_string(next->first - address) + " bytes before one of " + std::to_string(next->second.bytes);
   return words;
 }
 
@@ -96,8 +97,11 @@ void on_signal(int number, siginfo_t* info, void*) {
     case SIGBUS:
       fail(illegal_address, doing + ": no access to " + hexadecimal(address) + neighbour(address) + where);
       break;
-    case SIGFPE: fail(launch_failure, doing + ": an integer divided by zero" + where); break;
-    default: fail(misaligned_address, doing + ": undefined behaviour, see above" + where);
+    case SIGFPE:
+      fail(launch_failure, doing + ": an integer divided by zero" + where);
+      break;
+    default:
+      fail(misaligned_address, doing + ": undefined behaviour, see above" + where);
   }
   siglongjmp(main_loop, 1);
 }
@@ -108,7 +112,7 @@ void catch_signals() {
   alternative.ss_sp = stack;
   alternative.ss_size = sizeof stack;
   sigaltstack(&alternative, nullptr);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_signal;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigaction(number, &action, nullptr);
@@ -125,9 +129,11 @@ void check_margins(const Map& map) {
   const char *first = pointer(map.pages), *begin = pointer(map.address), *end = begin + map.bytes,
              *last = first + map.page_bytes;
   if (has(first, begin))
-    fail(illegal_address, doing + ": something was written before an allocation of " + std::to_string(map.bytes) + " bytes");
+    fail(illegal_address,
+         doing + ": something was written before an allocation of " + std::to_string(map.bytes) + " bytes");
   if (has(end, last))
-    fail(illegal_address, doing + ": something was written past the end of an allocation of " + std::to_string(map.bytes) + " bytes");
+    fail(illegal_address,
+         doing + ": something was written past the end of an allocation of " + std::to_string(map.bytes) + " bytes");
 }
 
 void run(const Map& map) {
@@ -194,10 +200,14 @@ template <class T>
 T load(Element element, uint64_t matrix, uint64_t at) {
   const char* from = pointer(matrix);
   switch (element) {
-    case Element::float64: return T(reinterpret_cast<const double*>(from)[at]);
-    case Element::float32: return T(reinterpret_cast<const float*>(from)[at]);
-    case Element::bfloat16: return T(from_bfloat16(reinterpret_cast<const uint16_t*>(from)[at]));
-    case Element::float16: return T(host::half_to_float(reinterpret_cast<const uint16_t*>(from)[at]));
+    case Element::float64:
+      return T(reinterpret_cast<const double*>(from)[at]);
+    case Element::float32:
+      return T(reinterpret_cast<const float*>(from)[at]);
+    case Element::bfloat16:
+      return T(from_bfloat16(reinterpret_cast<const uint16_t*>(from)[at]));
+    case Element::float16:
+      return T(host::half_to_float(reinterpret_cast<const uint16_t*>(from)[at]));
   }
   abort();
 }
@@ -206,20 +216,32 @@ template <class T>
 void store(Element element, uint64_t matrix, uint64_t at, T value) {
   char* to = pointer(matrix);
   switch (element) {
-    case Element::float64: reinterpret_cast<double*>(to)[at] = double(value); break;
-    case Element::float32: reinterpret_cast<float*>(to)[at] = float(value); break;
-    case Element::bfloat16: reinterpret_cast<uint16_t*>(to)[at] = to_bfloat16(float(value)); break;
-    case Element::float16: reinterpret_cast<uint16_t*>(to)[at] = host::float_to_half(float(value)); break;
+    case Element::float64:
+      reinterpret_cast<double*>(to)[at] = double(value);
+      break;
+    case Element::float32:
+      reinterpret_cast<float*>(to)[at] = float(value);
+      break;
+    case Element::bfloat16:
+      reinterpret_cast<uint16_t*>(to)[at] = to_bfloat16(float(value));
+      break;
+    case Element::float16:
+      reinterpret_cast<uint16_t*>(to)[at] = host::float_to_half(float(value));
+      break;
   }
 }
 
 template <class T>
 T rounded(T value, Rounding rounding) {
   switch (rounding) {
-    case Rounding::none: return value;
-    case Rounding::tf32: return T(to_tf32(float(value)));
-    case Rounding::bfloat16: return T(from_bfloat16(to_bfloat16(float(value))));
-    case Rounding::float16: return T(host::half_to_float(host::float_to_half(float(value))));
+    case Rounding::none:
+      return value;
+    case Rounding::tf32:
+      return T(to_tf32(float(value)));
+    case Rounding::bfloat16:
+      return T(from_bfloat16(to_bfloat16(float(value))));
+    case Rounding::float16:
+      return T(host::half_to_float(host::float_to_half(float(value))));
   }
   abort();
 }
@@ -272,7 +294,8 @@ template <class T>
 bool take(const Header& header, T& record, std::vector<char>& extra) {
   doing.resize(header.name_bytes);
   extra.resize(header.extra_bytes);
-  return read_all(&record, sizeof record) && read_all(doing.data(), doing.size()) && read_all(extra.data(), extra.size());
+  return read_all(&record, sizeof record) && read_all(doing.data(), doing.size()) &&
+         read_all(extra.data(), extra.size());
 }
 
 template <class T>
@@ -309,8 +332,8 @@ int main(int argc, char** argv) {
   if (argc != 3) quit("two numbers expected");
   window = strtoull(argv[1], nullptr, 0);
   window_bytes = strtoull(argv[2], nullptr, 0);
-  if (mmap(pointer(window), window_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1,
-           0) != pointer(window))
+  if (mmap(pointer(window), window_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE,
+           -1, 0) != pointer(window))
     quit("mmap at the host's addresses");
   fibers::prepare();
   catch_signals();
@@ -319,13 +342,27 @@ int main(int argc, char** argv) {
   while (read_all(&header, sizeof header)) {
     bool more = true;
     switch (header.command) {
-      case Command::map: more = serve<Map>(header); break;
-      case Command::unmap: more = serve<Unmap>(header); break;
-      case Command::fill: more = serve<Fill>(header); break;
-      case Command::copy: more = serve<Copy>(header); break;
-      case Command::write: more = serve<Write>(header); break;
-      case Command::kernel: more = serve<Kernel>(header); break;
-      case Command::gemm: more = serve<Gemm>(header); break;
+      case Command::map:
+        more = serve<Map>(header);
+        break;
+      case Command::unmap:
+        more = serve<Unmap>(header);
+        break;
+      case Command::fill:
+        more = serve<Fill>(header);
+        break;
+      case Command::copy:
+        more = serve<Copy>(header);
+        break;
+      case Command::write:
+        more = serve<Write>(header);
+        break;
+      case Command::kernel:
+        more = serve<Kernel>(header);
+        break;
+      case Command::gemm:
+        more = serve<Gemm>(header);
+        break;
       case Command::finish: {
         const Answer answer{error, uint32_t(text.size())};
         write_all(&answer, sizeof answer);

@@ -10,7 +10,8 @@ namespace {
 
 Context& device(int number) {
   State& all = state();
-  if (number < 0 || size_t(number) >= all.contexts.size()) refuse(cudaErrorInvalidDevice, "device " + std::to_string(number));
+  if (number < 0 || size_t(number) >= all.contexts.size())
+    refuse(cudaErrorInvalidDevice, "device " + std::to_string(number));
   return *all.contexts[size_t(number)];
 }
 
@@ -28,7 +29,9 @@ std::vector<Entry> entries_of(const std::string& image) {
     at += word.size();
     while (at < image.size() && isspace(static_cast<unsigned char>(image[at])) != 0) ++at;
     size_t end = at;
-    while (end < image.size() && (isalnum(static_cast<unsigned char>(image[end])) != 0 || image[end] == '_' || image[end] == '$')) ++end;
+    while (end < image.size() &&
+           (isalnum(static_cast<unsigned char>(image[end])) != 0 || image[end] == '_' || image[end] == '$'))
+      ++end;
     Entry entry{image.substr(at, end - at), 0};
     const std::string parameters = image.substr(end, image.find(')', end) - end);
     const size_t size = parameters.find('[');
@@ -49,8 +52,9 @@ void load(CUmod_st& module, const std::string& image, const std::vector<KernelIn
     while (number < kernels.size() && kernels[number].name != entry.name) ++number;
     if (number == kernels.size()) refuse(cudaErrorInvalidPtx, "the device program has no kernel " + entry.name);
     if (entry.parameter_bytes != 0 && entry.parameter_bytes != kernels[number].argument_bytes)
-      refuse(cudaErrorInvalidPtx, entry.name + " takes " + std::to_string(entry.parameter_bytes) + " bytes in PTX and " +
-                                      std::to_string(kernels[number].argument_bytes) + " in the device program");
+      refuse(cudaErrorInvalidPtx, entry.name + " takes " + std::to_string(entry.parameter_bytes) +
+                                      " bytes in PTX and " + std::to_string(kernels[number].argument_bytes) +
+                                      " in the device program");
     module.functions[entry.name] = std::make_unique<CUfunc_st>(CUfunc_st{module.context, number, &module});
   }
 }
@@ -73,7 +77,8 @@ void launch(CUfunction function, const unsigned (&grid)[3], const unsigned (&blo
   if (uint64_t(block[0]) * block[1] * block[2] == 0 || block[0] > 1024 || block[1] > 1024 || block[2] > 64)
     refuse(cudaErrorInvalidValue, name + ": blocks of " + triple(block));
   if (uint64_t(block[0]) * block[1] * block[2] > 256)
-    refuse(cudaErrorLaunchOutOfResources, name + ": blocks of " + triple(block) + ", beyond its __launch_bounds__(256)");
+    refuse(cudaErrorLaunchOutOfResources,
+           name + ": blocks of " + triple(block) + ", beyond its __launch_bounds__(256)");
   if (shared_bytes != 0) refuse(cudaErrorInvalidValue, name + ": dynamic shared memory is not modelled");
   if (extra != nullptr) refuse(cudaErrorNotSupported, name + ": extra is not modelled");
   if (params == nullptr || params[0] == nullptr) refuse(cudaErrorInvalidValue, name + ": no parameters");

@@ -187,7 +187,8 @@ void wait_for_warp(uint32_t mask, int line, Together together) {
     const std::string at = " at line " + std::to_string(line);
     if (other >= n_threads) fail(now, "the mask" + at + " names lane " + std::to_string(i) + ", past the block's end");
     const Fiber& fiber = threads[other];
-    if (fiber.state == State::done) fail(now, "the mask" + at + " names lane " + std::to_string(i) + ", which has returned");
+    if (fiber.state == State::done)
+      fail(now, "the mask" + at + " names lane " + std::to_string(i) + ", which has returned");
     if (fiber.state != State::at_warp || (fiber.mask >> lane & 1u) == 0)
       all = false;
     else if (fiber.line != line || fiber.mask != mask)
@@ -217,7 +218,8 @@ void explain_deadlock() {
   if (barrier < n_threads && warp < n_threads)
     text = "divergence: " + lines(barrier) + " waits for the block, " + lines(warp) + " for its warp";
   else if (barrier < n_threads)
-    text = "a barrier that " + std::to_string(n_done) + " of " + std::to_string(n_threads) + " threads left out by returning: " + lines(barrier);
+    text = "a barrier that " + std::to_string(n_done) + " of " + std::to_string(n_threads) +
+           " threads left out by returning: " + lines(barrier);
   else
     text = "lanes that their warp does not meet: " + lines(warp);
   text += " (" + place_of(barrier < n_threads ? barrier : warp) + ")";
@@ -272,8 +274,8 @@ const host::Kernel* kernels() { return host::newest; }
 
 void prepare() {
   const size_t page = size_t(sysconf(_SC_PAGESIZE)), each = stack_bytes + page;
-  void* all = mmap(nullptr, each * most_threads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                   -1, 0);
+  void* all =
+      mmap(nullptr, each * most_threads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (all == MAP_FAILED) abort();
   for (unsigned i = 0; i < most_threads; ++i) {
     char* lowest = static_cast<char*>(all) + i * each;

@@ -78,10 +78,18 @@ T shuffle(Toward toward, uint32_t mask, T value, int by, int width, int line) {
   const int me = lane(), first = me & ~(width - 1), last = first + width - 1;
   int source = -1;
   switch (toward) {
-    case Toward::lane: source = first + (by & (width - 1)); break;
-    case Toward::up: source = me - by; break;
-    case Toward::down: source = me + by; break;
-    case Toward::across: source = me ^ by; break;
+    case Toward::lane:
+      source = first + (by & (width - 1));
+      break;
+    case Toward::up:
+      source = me - by;
+      break;
+    case Toward::down:
+      source = me + by;
+      break;
+    case Toward::across:
+      source = me ^ by;
+      break;
   }
   if (toward != Toward::lane && (source < first || source > last)) source = -1;
   uint64_t bits = 0;
@@ -145,11 +153,10 @@ T atomic(T* at, Combine combine) {
 
 }  // namespace host
 
-#define KERNEL(name, Arguments)                                                                       \
-  static void name(const Arguments& args);                                                            \
-  static const host::Kernel name##_kernel(#name, sizeof(Arguments), [](const void* args) {            \
-    name(*static_cast<const Arguments*>(args));                                                       \
-  });                                                                                                 \
+#define KERNEL(name, Arguments)                                                                                  \
+  static void name(const Arguments& args);                                                                       \
+  static const host::Kernel name##_kernel(#name, sizeof(Arguments),                                              \
+                                          [](const void* args) { name(*static_cast<const Arguments*>(args)); }); \
   static void name(const Arguments& args)
 
 #define __global__
@@ -186,7 +193,8 @@ inline void __threadfence_block() {}
 
 template <class T, class U>
 T atomicAdd(T* at, U value) {
-  return host::atomic(at, [=](T before) { return T(std::make_unsigned_t<T>(before) + std::make_unsigned_t<T>(value)); });
+  return host::atomic(at,
+                      [=](T before) { return T(std::make_unsigned_t<T>(before) + std::make_unsigned_t<T>(value)); });
 }
 template <class T, class U>
 T atomicMax(T* at, U value) {

@@ -1,8 +1,9 @@
 // The runtime's functions, but for streams.
+#include "runtime.hpp"
+
 #include <cstring>
 
 #include "core.hpp"
-#include "runtime.hpp"
 
 namespace software_cuda {
 
@@ -15,10 +16,6 @@ namespace {
 
 uint64_t address_of(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
 
-// Rows of `width` bytes.
-struct Rows {
-  uint64_t address, pitch;
-};
 struct CopyArguments {
   const void* from;
   size_t from_pitch;
@@ -48,7 +45,8 @@ void copy(const std::string& name, const CopyArguments& args, cudaStream_t handl
                                            std::to_string(args.from_pitch) + " and " + std::to_string(args.to_pitch));
   if (args.width == 0 || args.rows == 0) return;
   if (args.kind != cudaMemcpyDefault && args.kind != kind)
-    refuse(cudaErrorInvalidValue, "kind " + std::to_string(args.kind) + " for pointers of kind " + std::to_string(kind));
+    refuse(cudaErrorInvalidValue,
+           "kind " + std::to_string(args.kind) + " for pointers of kind " + std::to_string(kind));
   if (args.from == nullptr || args.to == nullptr) refuse(cudaErrorInvalidValue, "a null pointer");
 
   const uint64_t from = address_of(args.from), to = address_of(args.to);
@@ -70,7 +68,8 @@ void copy(const std::string& name, const CopyArguments& args, cudaStream_t handl
       // Pageable memory is staged by the call.
       const auto staged = std::make_shared<std::vector<char>>(args.width * args.rows);
       for (size_t row = 0; row < args.rows; ++row)
-        memcpy(staged->data() + row * args.width, static_cast<const char*>(args.from) + row * args.from_pitch, args.width);
+        memcpy(staged->data() + row * args.width, static_cast<const char*>(args.from) + row * args.from_pitch,
+               args.width);
       const protocol::Write record{to, args.to_pitch, args.width, args.rows};
       context.enqueue(stream, name, [=](Context& on) {
         if (on.owns(name, "the destination", to, to_bytes))
@@ -95,17 +94,22 @@ void copy(const std::string& name, const CopyArguments& args, cudaStream_t handl
       context.check();
       return;
     }
-    default: refuse(cudaErrorNotSupported, "a copy from host to host is not modelled");
+    default:
+      refuse(cudaErrorNotSupported, "a copy from host to host is not modelled");
   }
 }
 
-void fill(const std::string& name, void* pointer, int value, size_t bytes, cudaStream_t handle) {
+void fill(const std::string& name, void* pointer, size_t pitch, int value, size_t width, size_t rows,
+          cudaStream_t handle) {
   Context& context = runtime_context();
   const cudaStream_t stream = find_stream(context, handle);
-  if (bytes == 0) return;
+  if (width > pitch)
+    refuse(cudaErrorInvalidPitchValue,
+           "a width of " + std::to_string(width) + " with a pitch of " + std::to_string(pitch));
+  if (width == 0 || rows == 0) return;
   if (!is_device_address(pointer)) refuse(cudaErrorInvalidValue, "not a device's memory");
-  const uint64_t to = address_of(pointer);
-  const protocol::Fill record{to, bytes, bytes, 1, uint32_t(value & 0xff), 0};
+  const uint64_t to = address_of(pointer), bytes = extent(pitch, width, rows);
+  const protocol::Fill record{to, pitch, width, rows, uint32_t(value & 0xff), 0};
   context.enqueue(stream, name, [=](Context& on) {
     if (on.owns(name, "the destination", to, bytes)) on.process->send(protocol::Command::fill, record, name);
   });
@@ -113,21 +117,31 @@ void fill(const std::string& name, void* pointer, int value, size_t bytes, cudaS
 
 int attribute_value(int attribute) {
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: return 1024;
-    case cudaDevAttrMaxSharedMemoryPerBlock: return 48 << 10;
-    case cudaDevAttrWarpSize: return 32;
-    case cudaDevAttrMultiProcessorCount: return 4;
-    case cudaDevAttrL2CacheSize: return 4 << 20;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: return 2048;
-    case cudaDevAttrComputeCapabilityMajor: return 8;
-    case cudaDevAttrComputeCapabilityMinor: return 0;
-    default: refuse(cudaErrorInvalidValue, "attribute " + std::to_string(attribute) + " is not modelled");
+    case cudaDevAttrMaxThreadsPerBlock:
+      return 1024;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      return 48 << 10;
+    case cudaDevAttrWarpSize:
+      return 32;
+    case cudaDevAttrMultiProcessorCount:
+      return 4;
+    case cudaDevAttrL2CacheSize:
+      return 4 << 20;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      return 2048;
+    case cudaDevAttrComputeCapabilityMajor:
+      return 8;
+    case cudaDevAttrComputeCapabilityMinor:
+      return 0;
+    default:
+      refuse(cudaErrorInvalidValue, "attribute " + std::to_string(attribute) + " is not modelled");
   }
 }
 
 Context& device(int number) {
   State& all = state();
-  if (number < 0 || size_t(number) >= all.contexts.size()) refuse(cudaErrorInvalidDevice, "device " + std::to_string(number));
+  if (number < 0 || size_t(number) >= all.contexts.size())
+    refuse(cudaErrorInvalidDevice, "device " + std::to_string(number));
   return *all.contexts[size_t(number)];
 }
 
@@ -158,9 +172,7 @@ using namespace software_cuda;
 extern "C" {
 
 int cudaGetDeviceCount(int* count) {
-  return runtime("cudaGetDeviceCount", cudaErrorInitializationError, [&] {
-    *count = int(state().contexts.size());
-  });
+  return runtime("cudaGetDeviceCount", cudaErrorInitializationError, [&] { *count = int(state().contexts.size()); });
 }
 
 int cudaDriverGetVersion(int* version) {
@@ -191,9 +203,8 @@ int cudaPeekAtLastError() {
 }
 
 int cudaGetDevice(int* number) {
-  return runtime("cudaGetDevice", cudaErrorInitializationError, [&] {
-    *number = current() != nullptr ? current()->device : runtime_device();
-  });
+  return runtime("cudaGetDevice", cudaErrorInitializationError,
+                 [&] { *number = current() != nullptr ? current()->device : runtime_device(); });
 }
 
 int cudaSetDevice(int number) {
@@ -278,26 +289,30 @@ int cudaMemcpy(void* to, const void* from, size_t bytes, int kind) {
 }
 
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, cudaStream_t stream) {
-  return runtime("cudaMemcpyAsync", cudaErrorUnknown, [&] {
-    copy("cudaMemcpyAsync", {from, bytes, to, bytes, bytes, 1, kind}, stream);
-  });
+  return runtime("cudaMemcpyAsync", cudaErrorUnknown,
+                 [&] { copy("cudaMemcpyAsync", {from, bytes, to, bytes, bytes, 1, kind}, stream); });
 }
 
 int cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height,
                       int kind, cudaStream_t stream) {
-  return runtime("cudaMemcpy2DAsync", cudaErrorUnknown, [&] {
-    copy("cudaMemcpy2DAsync", {from, from_pitch, to, to_pitch, width, height, kind}, stream);
-  });
+  return runtime("cudaMemcpy2DAsync", cudaErrorUnknown,
+                 [&] { copy("cudaMemcpy2DAsync", {from, from_pitch, to, to_pitch, width, height, kind}, stream); });
 }
 
 int cudaMemset(void* to, int value, size_t bytes) {
   return runtime("cudaMemset", cudaErrorUnknown, [&] {
     forbid_in_capture("cudaMemset");
-    fill("cudaMemset", to, value, bytes, nullptr);
+    fill("cudaMemset", to, bytes, value, bytes, 1, nullptr);
   });
 }
 
 int cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
-  return runtime("cudaMemsetAsync", cudaErrorUnknown, [&] { fill("cudaMemsetAsync", to, value, bytes, stream); });
+  return runtime("cudaMemsetAsync", cudaErrorUnknown,
+                 [&] { fill("cudaMemsetAsync", to, bytes, value, bytes, 1, stream); });
+}
+
+int cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream) {
+  return runtime("cudaMemset2DAsync", cudaErrorUnknown,
+                 [&] { fill("cudaMemset2DAsync", to, pitch, value, width, height, stream); });
 }
 }

@@ -22,7 +22,7 @@ int64_t software_cuda_live(int what);
 // The nth call from now of a function that returns a status fails once, and does nothing; 0: none does. Functions that
 // only tell what an error was do not count.
 void software_cuda_fail_call(int64_t nth);
-// The function whose call was made to fail last; empty while none was.
+// The function whose call was made to fail; empty while none was since software_cuda_fail_call.
 const char* software_cuda_failed_call();
 // Calls of functions that return a status, so far: all, or those of one function.
 int64_t software_cuda_calls();

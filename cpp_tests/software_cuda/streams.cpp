@@ -64,8 +64,7 @@ void wait(Context& context, cudaStream_t stream, const CUevent_st& event) {
     invalidate(*stream->capture);
     refuse(cudaErrorStreamCaptureIsolation, "a stream that captures waits for an event of one that does not");
   }
-  if (event.recorded != nullptr)
-    context.enqueue(stream, "cudaStreamWaitEvent", [](Context&) {}, {event.recorded});
+  if (event.recorded != nullptr) context.enqueue(stream, "cudaStreamWaitEvent", [](Context&) {}, {event.recorded});
 }
 
 }  // namespace
@@ -76,8 +75,8 @@ int cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   return runtime("cudaStreamCreateWithFlags", cudaErrorMemoryAllocation, [&] {
     Context& context = runtime_context();
     if (flags > cudaStreamNonBlocking) refuse(cudaErrorInvalidValue, "flags " + std::to_string(flags));
-    *stream = keep(context.streams, std::make_unique<CUstream_st>(
-                                        CUstream_st{&context, false, flags == cudaStreamDefault, nullptr, nullptr, {}}));
+    *stream = keep(context.streams, std::make_unique<CUstream_st>(CUstream_st{
+                                        &context, false, flags == cudaStreamDefault, nullptr, nullptr, {}}));
   });
 }
 
@@ -126,9 +125,9 @@ int cudaStreamIsCapturing(cudaStream_t handle, int* status) {
         for (cudaStream_t other : capture->streams)
           if (capture->context == &context && other->blocking)
             refuse(cudaErrorStreamCaptureImplicit, "the legacy default stream while a blocking stream captures");
-    *status = stream->capture == nullptr    ? cudaStreamCaptureStatusNone
+    *status = stream->capture == nullptr  ? cudaStreamCaptureStatusNone
               : !stream->capture->invalid ? cudaStreamCaptureStatusActive
-                                            : cudaStreamCaptureStatusInvalidated;
+                                          : cudaStreamCaptureStatusInvalidated;
   });
 }
 

@@ -94,9 +94,7 @@ KERNEL(shuffle_after_return, Plain) {
 KERNEL(shuffle_in_a_branch, Plain) {
   if (threadIdx.x % 2 == 0) args.to[threadIdx.x] = __shfl_xor_sync(ALL_LANES, threadIdx.x, 2);
 }
-KERNEL(misaligned, Plain) {
-  *reinterpret_cast<uint64_t*>(args.to + 1) = threadIdx.x;
-}
+KERNEL(misaligned, Plain) { *reinterpret_cast<uint64_t*>(args.to + 1) = threadIdx.x; }
 KERNEL(divides_by_zero, Plain) { args.to[0] = 7u / (args.to[0] - 2u); }
 KERNEL(past_an_array, Plain) {
   __shared__ uint32_t values[4];

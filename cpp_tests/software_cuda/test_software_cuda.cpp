@@ -1,6 +1,4 @@
 // That software CUDA computes what it should, and notices each mistake that it is there to notice.
-#include "software_cuda.hpp"
-
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -17,6 +15,7 @@
 #include <vector>
 
 #include "cuda_api.hpp"
+#include "software_cuda.hpp"
 
 namespace {
 
@@ -267,10 +266,15 @@ TEST_F(SoftwareCuda, ModulesAreChecked) {
   ASSERT_EQ(cudaFree(nullptr), cudaSuccess);
   CUmodule loaded = nullptr;
   const std::string head = ".version 8.0\n.target sm_75\n.address_size 64\n";
-  EXPECT_EQ(cuModuleLoadData(&loaded, "\x7f" "ELF"), cudaErrorInvalidKernelImage);
-  EXPECT_EQ(cuModuleLoadData(&loaded, (head + ".visible .entry nobody(.param .align 8 .b8 p[8])").c_str()), cudaErrorInvalidPtx);
+  EXPECT_EQ(cuModuleLoadData(&loaded,
+                             "\x7f"
+                             "ELF"),
+            cudaErrorInvalidKernelImage);
+  EXPECT_EQ(cuModuleLoadData(&loaded, (head + ".visible .entry nobody(.param .align 8 .b8 p[8])").c_str()),
+            cudaErrorInvalidPtx);
   expect_words(problem(), {"no kernel nobody"});
-  EXPECT_EQ(cuModuleLoadData(&loaded, (head + ".visible .entry sum(.param .align 8 .b8 p[24])").c_str()), cudaErrorInvalidPtx);
+  EXPECT_EQ(cuModuleLoadData(&loaded, (head + ".visible .entry sum(.param .align 8 .b8 p[24])").c_str()),
+            cudaErrorInvalidPtx);
   expect_words(problem(), {"sum takes 24 bytes in PTX and 16 in the device program"});
   ASSERT_EQ(cuModuleLoadData(&loaded, (head + ".visible .entry sum(.param .align 8 .b8 p[16])").c_str()), cudaSuccess);
   CUfunction found = nullptr;
