@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ _TO_DEVICE, _TO_HOST = 1, 2
 _NON_BLOCKING = 1
 
 SOFTWARE = Path(__file__).resolve().parents[2] / "target" / "cpp" / "software_cuda" / "lib"
-"""Where building the C++ tests leaves software CUDA; `ADALORA_CUDA_FOLDER` names another folder."""
-
-
-def software_folder() -> Path:
-    """The folder of software CUDA's libraries."""
-    return Path(os.environ.get("ADALORA_CUDA_FOLDER") or SOFTWARE)
+"""Where building the C++ tests leaves software CUDA."""
 
 
 class Device:

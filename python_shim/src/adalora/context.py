@@ -35,8 +35,9 @@ class Context(NativeObject):
         log: receives messages as `log(level, text)`, from any thread that is inside a call. It must not call the
             library.
         cublas_handle: address of a `cublasHandle_t` to borrow.
-        library_folder: where to look for CUDA's libraries first; None: those that are loaded are taken, else those of
-            NVIDIA's wheels, else those that the loader finds.
+        library_folder: where CUDA's libraries are, one folder or several separated by ":"; None: those that are loaded
+            are taken, else those of NVIDIA's wheels, else those that the loader finds.
+        tf32: CUDA: let products of float32 be computed in TF32.
         to_device: CUDA: makes an array on the device of one of NumPy's, such as `cupy.asarray`, for what the package
             makes: workspace, state, zeros, numbers. It may be called in any stream in which the context is used. None:
             those arrays are to be given, too.
@@ -54,6 +55,7 @@ class Context(NativeObject):
         log: Callable[[int, str], None] | None = None,
         cublas_handle: int | None = None,
         library_folder: str | os.PathLike[str] | None = None,
+        tf32: bool = False,
         to_device: Callable[[np.ndarray], Array] | None = None,
         library: Library | str | os.PathLike[str] | None = None,
     ) -> None:
@@ -65,6 +67,7 @@ class Context(NativeObject):
         desc.device = device
         desc.threads = threads
         desc.cublas_handle = cublas_handle
+        desc.tf32 = tf32
         desc.library_folder = os.fsencode(library_folder) if library_folder is not None else None
         if parallel is not None:
             desc.parallel = _parallel_function(parallel)

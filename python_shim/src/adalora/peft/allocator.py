@@ -133,7 +133,9 @@ class RankAllocator:
         over = self._for(model)
         over._place_with_gradients("update_ipt")
         # The schedule does not matter to it before its end.
-        over._native.update(StepValues(0, has_grad=over._has_grad), with_adamw=False, stream=over._stream)
+        step = torch.zeros((), dtype=torch.int64, device=over._step.device)
+        values = StepValues(step, has_grad=over._has_grad, context=over._native.context)
+        over._native.update(values, with_adamw=False, stream=over._stream)
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
         """Keep the `budget` triplets of the highest scores, ties by lower layer, then lower triplet.
@@ -180,7 +182,7 @@ class RankAllocator:
         """
         return self._for().orthogonality_loss(weight)
 
-    def orthogonality(self, weight: float | None = None, *, loss_scale: float | Tensor = 1.0) -> float:
+    def orthogonality(self, weight: float | None = None, *, loss_scale: float | Tensor = 1.0) -> Tensor:
         """Add the penalty's gradient to the gradients of A and B; see `adalora.torch.RankAllocator.orthogonality`."""
         return self._for().orthogonality(weight, loss_scale=loss_scale)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..torch.convolution import svd_conv
-from ..torch.functional import Part, svd_linear, traced
+from ..torch.functional import Part, current_stream, svd_linear, traced
 from ..torch.layers import SVDLayer
 from ..torch.layers import SVDLinear as OwnSVDLinear
 
@@ -38,10 +38,18 @@ class _Adapted:
 
     def _multiplier(self, adapter_name: str) -> float:
         """What the adapter's output is multiplied by. `scale_layer` changes it, and loading does."""
-        ranknum = self._modules["ranknum"]._parameters[adapter_name]
-        scaling = float(self.scaling[adapter_name]) / (ranknum.item() + 1e-5)
+        scaling = float(self.scaling[adapter_name]) / (self._ranknum(adapter_name) + 1e-5)
         # To the library, zero stands for an adapter's own scaling.
         return scaling or sys.float_info.min
+
+    def _ranknum(self, adapter_name: str) -> float:
+        """PEFT's ranknum, which may lie on a device: read again where it was replaced, moved or changed."""
+        ranknum = self._modules["ranknum"]._parameters[adapter_name]
+        version = None if ranknum.is_inference() else ranknum._version
+        known, key = self.__dict__.setdefault("_ranknums", {}), (id(ranknum), ranknum.data_ptr(), version)
+        if known.get(adapter_name, ((),))[0] != key:
+            known[adapter_name] = key, ranknum.item()
+        return known[adapter_name][1]
 
     def _scaled(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
         """A, E, B and the multiplier; a compiler, for which values of tensors are not there yet, gets it within E."""
@@ -159,6 +167,7 @@ class _Merging(_Adapted):
                 non_finite=non_finite,
                 scaling=self._multiplier(name),
                 fan_in_fan_out=self.fan_in_fan_out,
+                stream=current_stream(merged.device),
             )
             if non_finite is not None and non_finite.item():
                 raise InvalidArgumentError(
@@ -193,6 +202,7 @@ class _Merging(_Adapted):
                         unmerged.flatten(1),
                         scaling=self._multiplier(name),
                         fan_in_fan_out=self.fan_in_fan_out,
+                        stream=current_stream(unmerged.device),
                     )
             weight.data.copy_(unmerged)
         self._forget_backup()
@@ -214,6 +224,7 @@ class _Merging(_Adapted):
             delta.flatten(1),
             scaling=self._multiplier(adapter),
             fan_in_fan_out=self.fan_in_fan_out,
+            stream=current_stream(delta.device),
         )
         return delta
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from .allocator import RankAllocator
@@ -66,8 +66,8 @@ class Run:
             )
         if self.tuner is not None:
             own.in_trainer = True
-        self.penalty: float | None = None
-        """The orthogonality penalty at the last step."""
+        self.penalty: Tensor | None = None
+        """The orthogonality penalty at the last step, on the parameters' device."""
 
     def _set_total_step(self, total_step: int | None) -> None:
         # PEFT's configurations have a number.
@@ -152,7 +152,7 @@ class Run:
         """Where the run stands, for logs."""
         standing = self.allocator.standing()
         logs = {"adalora_budget": standing.budget, "adalora_ranks": standing.live_triplets}
-        return logs if self.penalty is None else {**logs, "adalora_penalty": self.penalty}
+        return logs if self.penalty is None else {**logs, "adalora_penalty": float(self.penalty)}
 
     def close(self) -> None:
         """Make room for another run of the model."""

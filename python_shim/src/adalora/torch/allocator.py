@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -22,8 +23,9 @@ from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from .compaction import compacted_pattern, cut, cut_states, keep_pattern, shrink
 from .config import AdaLoraConfig
 from .distributed import ShardedPenalty, Sharding, flatten_gradients, is_dtensor, local, whole
-from .functional import _stream, context, native_adapter, once_differentiable
+from .functional import context, current_stream, native_adapter
 from .model import get_config, named_adapters
+from .penalty import Penalty, orthogonality_loss, state_dtype
 from .steps import OptimizerSteps
 
 _UNITS = ("triplets", "parameters")
@@ -71,6 +73,10 @@ class RankAllocator:
     Over parameters that `fully_shard` has sharded, made after it, an allocator works on this process's rows, and
     reduces scores, norms and Gram matrices over processes. Then all processes make the same calls, `scores`,
     `orthogonality`, `finalize` and those of training among them.
+
+    On CUDA the calls of training are put into PyTorch's current stream, and wait for nothing but where gradients lie
+    elsewhere than at the step before. A step may be captured by `torch.cuda.graph` after one that was not, with
+    gradients that stay in their places (`zero_grad(set_to_none=False)`); which adapters have a gradient is then fixed.
 
     Args:
         model: what `adapt` returned.
@@ -124,6 +130,8 @@ class RankAllocator:
             for factor in (layer.lora_A, layer.lora_E, layer.lora_B)
         ]
         self._averages: list[tuple[Tensor, Tensor]] = []
+        # What the library reads as the step's number.
+        self._step: Tensor | None = None
         # AdamW's, where there is one: moments and the number of the parameter group, for each parameter.
         self.moments: list[tuple[Tensor, Tensor, int]] | None = None
         self.hypers: list[Hyper] = []
@@ -159,7 +167,7 @@ class RankAllocator:
     # Training
 
     @torch.no_grad()
-    def orthogonality(self, weight: float | None = None, *, loss_scale: float | Tensor = 1.0) -> float:
+    def orthogonality(self, weight: float | None = None, *, loss_scale: float | Tensor = 1.0) -> Tensor:
         """Add the gradient of the orthogonality penalty to the gradients of A and B: once per step, after backward.
 
         The penalty is `weight / (2 n) * (sum ||A A^T - I|| + ||B^T B - I||)` over the n adapters, as in PEFT.
@@ -169,7 +177,7 @@ class RankAllocator:
             loss_scale: what the gradients at hand are multiplied by (`GradScaler.get_scale()` before `unscale_`).
 
         Returns:
-            The penalty, without `loss_scale`.
+            The penalty, without `loss_scale`: one float64 on the parameters' device; `float` reads it.
 
         """
         self._place_with_gradients("orthogonality")
@@ -178,8 +186,9 @@ class RankAllocator:
             for p, grad in zip(self.parameters(), self._penalty_of_shards(weight, self._loss_scale), strict=True):
                 if grad is not None and p.grad is not None:
                     local(p.grad).add_(grad)
-            return self._penalty_value.item()
-        return self._penalty(weight, self._loss_scale).item()
+        else:
+            self._penalty(weight, self._loss_scale)
+        return self._penalty_value.clone()
 
     def orthogonality_loss(self, weight: float | None = None) -> Tensor:
         """The penalty of `orthogonality` as a value to add to the loss, in place of that call. Once differentiable.
@@ -188,10 +197,10 @@ class RankAllocator:
             weight: of the penalty; None: the configuration's `orth_reg_weight`.
 
         """
-        return _OrthogonalityLoss.apply(self, weight, *self.parameters())
+        return orthogonality_loss(self, weight, self.parameters())
 
     @torch.no_grad()
-    def update_and_allocate(self, global_step: int) -> None:
+    def update_and_allocate(self, global_step: int | Tensor) -> None:
         """Update importance from parameters and gradients, and mask what the schedule says: PEFT's method.
 
         To be called after the optimiser's step and before `zero_grad`, once per step; not with `adalora.torch.AdamW`,
@@ -200,7 +209,8 @@ class RankAllocator:
         too many, gives a warning.
 
         Args:
-            global_step: number of the optimiser's step, from 0 on as in PEFT.
+            global_step: number of the optimiser's step, from 0 on as in PEFT; as one int64 on the parameters' device,
+                a captured step reads it at every replay.
 
         """
         if self.moments is not None:
@@ -208,7 +218,7 @@ class RankAllocator:
                 "update_and_allocate: expected another optimiser than adalora.torch.AdamW, whose step does it already"
             )
         self._place_with_gradients("update_and_allocate")
-        self._step.fill_(operator.index(global_step))
+        self._set_step(global_step)
         values, found_inf = self._importance_values, self.optimizer_steps.follow()
         if found_inf is not None:
             self.note_inf(found_inf)
@@ -283,7 +293,8 @@ class RankAllocator:
         there = [[True] * r for r in self.initial_ranks] if self._compacted is None else self._compacted
         flags = []
         for path, own in zip(self.layers, there, strict=True):
-            given = [bool(kept) for kept in pattern[path]]
+            given = pattern[path].tolist() if isinstance(pattern[path], Tensor) else pattern[path]
+            given = [bool(kept) for kept in given]
             if len(given) != len(own):
                 raise InvalidArgumentError(f"pattern[{path!r}]: expected {len(own)} flags, found {len(given)}")
             gone = [k for k, (kept, is_there) in enumerate(zip(given, own, strict=True)) if kept and not is_there]
@@ -357,7 +368,9 @@ class RankAllocator:
     def digest(self) -> int:
         """A hash of what processes that train together must agree on: pattern, whether it is final, last step."""
         self.place()
-        return self._native.digest(stream=self._stream)
+        digest = torch.empty((), dtype=torch.uint64, device=self._step.device)
+        self._native.digest(digest, stream=self._stream)
+        return digest.item()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs beside parameters and the optimiser's state to go on bit for bit.
@@ -455,10 +468,9 @@ class RankAllocator:
         found = True
         if any(g is None for g in grads):
             found = self._fill(params, grads)
-        elif not self._all_have_grad:
-            self._has_grad.fill_(1)
+        else:
             self._no_gradients.clear()
-            self._all_have_grad = True
+            self._note_gradients([True] * len(self.layers))
         if not all(map(Tensor.is_contiguous, grads)):
             for k, p in enumerate(params):
                 if not grads[k].is_contiguous():
@@ -492,26 +504,53 @@ class RankAllocator:
             # PyTorch's kernels take nothing but 0 and 1.
             self._sharding.sum(self.found_inf).clamp_(max=1)
 
-    def adamw_step(self, global_step: int) -> None:
-        """AdamW, importance and mask in one pass, from `grad_factor` and `found_inf`; after `place`."""
-        self._step.fill_(operator.index(global_step))
+    def adamw_step(self, global_step: int | None) -> None:
+        """AdamW, importance and mask in one pass, from `grad_factor` and `found_inf`; after `place`.
+
+        Args:
+            global_step: number of the step; None: one more than that of the last step.
+
+        """
+        if global_step is None:
+            self._step.add_(1)
+        else:
+            self._set_step(global_step)
         self.optimizer_steps.follow()
-        self._run(self._adamw_values, global_step, with_adamw=True)
+        self._run(self._adamw_values, self._step if global_step is None else global_step, with_adamw=True)
         increment_version(self.parameters())
+
+    def updated(self) -> Tensor:
+        """Which adapters `adamw_step` has just updated: [n_adapters], 1 or 0."""
+        return self._has_grad * ((self.found_inf <= 0) & self.grad_factor.isfinite())
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last step that a call of training was given, read from the device; -1 before the first."""
+        return int(self._step)
+
+    @last_step.setter
+    def last_step(self, number: int) -> None:
+        self._set_step(number)
+
+    def _set_step(self, number: int | Tensor) -> None:
+        if isinstance(number, Tensor):
+            self._step.copy_(number)
+        else:
+            self._step.fill_(operator.index(number))
 
     def read_adam_steps(self, steps: Tensor) -> None:
         """Read each adapter's number of updates into a vector of int64 on the host."""
         library, handle = self._native.library, self._native.handle
         library.adalora_allocator_read_sync(handle.pointer, None, None, steps.data_ptr(), None, self._stream)
 
-    def _run(self, values: StepValues, global_step: int, *, with_adamw: bool) -> None:
+    def _run(self, values: StepValues, global_step: int | Tensor, *, with_adamw: bool) -> None:
         """Update, scores and selection; where parameters are sharded with the scores of all processes."""
         if self._sharding is None:
             self._native.step(values, with_adamw=with_adamw, stream=self._stream)
             return
         self._native.update(values, with_adamw=with_adamw, stream=self._stream)
         # A step without a mask looks at no score.
-        scores = self._reduced_scores() if self.budget(global_step).masks else self._no_scores
+        scores = self._reduced_scores() if self.budget(int(global_step)).masks else self._no_scores
         self._native.select(values, scores, stream=self._stream)
 
     def _reduced_scores(self) -> Tensor:
@@ -541,6 +580,7 @@ class RankAllocator:
             adapters.append(native_adapter(on, A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype, ranknum=ranknum))
         self._native = self._native_allocator(on, adapters)
         self._sharded_penalty: ShardedPenalty | None = None
+        self._loss_penalty: Penalty | None = None
         self._no_scores = torch.zeros(self._native.total_rank, dtype=torch.float64, device=device)
         self._param_dtypes = [p.dtype for p in params]
         sizes = self._native.sizes(len(params))
@@ -557,16 +597,16 @@ class RankAllocator:
         self._no_gradients.clear()
         # Values that the library reads where they lie, when the work runs.
         value = lambda dtype: torch.zeros((), dtype=dtype, device=device)  # noqa: E731
-        self._step = value(torch.int64)
+        self._step = value(torch.int64) - 1 if self._step is None else self._step.to(device)
         self._penalty_value, self._loss_scale, self.grad_factor = (value(torch.float64) for _ in range(3))
         self.found_inf = value(torch.float32)
         self._has_grad = torch.ones(len(adapters), dtype=torch.uint8, device=device)
-        self._all_have_grad = True
-        self._importance_values = StepValues(self._step, has_grad=self._has_grad)
-        self._noted_values = StepValues(self._step, found_inf=self.found_inf, has_grad=self._has_grad)
-        self._adamw_values = StepValues(
-            self._step, grad_factor=self.grad_factor, found_inf=self.found_inf, has_grad=self._has_grad
-        )
+        self._present: list[bool] | None = [True] * len(adapters)
+        values = partial(StepValues, self._step, has_grad=self._has_grad, context=on)
+        self._importance_values = values()
+        self._noted_values = values(found_inf=self.found_inf)
+        self._adamw_values = values(grad_factor=self.grad_factor, found_inf=self.found_inf)
+        self._streams = {current_stream(device)}
         # What is bound: addresses and types; nothing yet.
         self._places: list[int] = []
         self._dtypes: list[torch.dtype] = []
@@ -590,7 +630,17 @@ class RankAllocator:
 
     @property
     def _stream(self) -> int | None:
-        return _stream(self._step.device)
+        """PyTorch's current stream, in which the allocator's own memory is used from now on."""
+        stream = current_stream(self._step.device)
+        if stream not in self._streams:
+            self._streams.add(stream)
+            rates = [rate for hyper in self.hypers for rate in (hyper.lr, hyper.weight_decay)]
+            values = self._step, self._penalty_value, self._loss_scale, self.grad_factor, self.found_inf
+            own = [*self._memory, *chain(*self._averages), *values, self._has_grad, self._no_scores, *rates]
+            own += [] if self._loss_penalty is None else self._loss_penalty.memory
+            for tensor in own:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return stream
 
     def _place_with_gradients(self, call: str) -> None:
         if not self.place():
@@ -622,9 +672,28 @@ class RankAllocator:
                     if i not in self._no_gradients:
                         self._no_gradients[i] = torch.zeros_like(params[i])
                     grads[i] = self._no_gradients[i]
-        self._has_grad.copy_(torch.tensor(present, dtype=torch.uint8, device="cpu"))
-        self._all_have_grad = all(present)
+        self._note_gradients(present)
         return any(present)
+
+    def _note_gradients(self, present: list[bool]) -> None:
+        """Let the library know which adapters have a gradient."""
+        capturing = self.is_capturing()
+        if present == self._present and not capturing:
+            return
+        if len(set(present)) == 1:
+            self._has_grad.fill_(present[0])
+        elif not capturing:
+            self._has_grad.copy_(torch.tensor(present, dtype=torch.uint8, device="cpu"))
+        else:
+            # Nothing is copied from the host while a graph is captured.
+            for flag, value in zip(self._has_grad.unbind(), present, strict=True):
+                flag.fill_(value)
+        # What a graph writes is there once it runs, whenever that is.
+        self._present = None if capturing else present
+
+    def is_capturing(self) -> bool:
+        """Whether PyTorch's current stream is captured into a graph."""
+        return self._step.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _bind(self, params: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> None:
         """Bind anew what is not where it was."""
@@ -637,6 +706,12 @@ class RankAllocator:
         same = places == self._places and dtypes == self._dtypes and self.moments is self._bound_moments
         if same and grad_places == self._grad_places and self.hypers is self._bound_hypers:
             return
+        if self.is_capturing():
+            raise InvalidStateError(
+                "capture: expected parameters, gradients and moments where they were at the step before, found them "
+                "elsewhere: let a step go before that is not captured, and zero gradients in place "
+                "(zero_grad(set_to_none=False))"
+            )
         # Should binding fail, the next call begins from nothing.
         self._places = []
         if same and len(self.hypers) == len(self._bound_hypers):
@@ -658,18 +733,26 @@ class RankAllocator:
                 raise InvalidArgumentError(f"{name}: expected requires_grad as its adapter's others, found False")
             if p.device != self._step.device:
                 raise InvalidArgumentError(f"{name}: expected a parameter on {self._step.device}, found {p.device}")
-        moments = self.moments or [(None, None, 0)] * len(params)
-        slices = [
-            Slice(k // 3, "AEB"[k % 3], p.detach(), g, *averages, *map(local, moments), begin=begin, hyper=hyper)
-            for k, (p, g, averages, (*moments, hyper), begin) in enumerate(
-                zip(shards, grads, self._averages, moments, begins, strict=True)
-            )
-        ]
         state, workspace = self._memory
+        slices = self._slices(shards, grads, self.moments, begins)
         self._native.bind(slices, self.hypers, state=state, workspace=workspace, stream=self._stream)
         if self._carried is not None:
             self._native.load_state(self._carried, stream=self._stream)
             self._carried = None
+
+    def _slices(
+        self,
+        shards: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        moments: Sequence[tuple[Tensor, Tensor, int]] | None,
+        begins: Sequence[int],
+    ) -> list[Slice]:
+        return [
+            Slice(k // 3, "AEB"[k % 3], p.detach(), g, *averages, *map(local, own), begin=begin, hyper=hyper)
+            for k, (p, g, averages, (*own, hyper), begin) in enumerate(
+                zip(shards, grads, self._averages, moments or [(None, None, 0)] * len(shards), begins, strict=True)
+            )
+        ]
 
     # Compaction
 
@@ -735,10 +818,9 @@ class RankAllocator:
         if isinstance(self.config, AdaLoraConfig):
             keep_pattern(self.config, dict(zip(self.layers, self._compacted, strict=True)))
 
-    def _penalty(self, weight: float | None, factor: Tensor | None) -> Tensor:
+    def _penalty(self, weight: float | None, factor: Tensor) -> None:
         weight = self.config.orth_reg_weight if weight is None else weight
         self._native.orthogonality(weight, factor=factor, value=self._penalty_value, stream=self._stream)
-        return self._penalty_value
 
     def _penalty_of_shards(self, weight: float | None, factor: Tensor | None) -> list[Tensor | None]:
         """Note the penalty in its place, and return its gradients for this process's rows of all parameters."""
@@ -762,42 +844,27 @@ class RankAllocator:
         grads = self._sharded_penalty.gradients(A, B, weight, factor, self._penalty_value, self._stream)
         return [grad for A_grad, B_grad in grads for grad in (A_grad, None, B_grad)]
 
-    def _penalty_and_gradients(self, weight: float | None, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def penalty_and_gradients(self, weight: float | None, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The penalty, and its gradients for all parameters, as new tensors."""
+        self._fit(params)
         if self._sharding is not None:
-            self._fit(params)
             grads = self._penalty_of_shards(weight, None)
             zeros = [torch.zeros_like(local(p), dtype=state_dtype(p)) for p in params]
             filled = [zero if grad is None else grad for zero, grad in zip(zeros, grads, strict=True)]
             return self._penalty_value.clone(), [
                 self._sharding.spread(grad, p) for grad, p in zip(filled, params, strict=True)
             ]
-        grads = [torch.zeros(p.shape, dtype=state_dtype(p), device=p.device) for p in params]
-        self._fit(params)
-        self._bind(params, grads)
-        return self._penalty(weight, None).clone(), grads
-
-
-class _OrthogonalityLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, allocator: RankAllocator, weight: float | None, *params: Tensor) -> Tensor:
-        value, grads = allocator._penalty_and_gradients(weight, params)
-        ctx.dtypes = [p.dtype for p in params]
-        ctx.save_for_backward(*grads, *params)
-        return value.to(state_dtype(params[0]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = torch._foreach_mul(ctx.saved_tensors[: len(ctx.dtypes)], d)
-        grads = [
-            g.to(dtype) if k % 3 != 1 else None for k, (g, dtype) in enumerate(zip(scaled, ctx.dtypes, strict=True))
-        ]
-        return None, None, *grads
-
-
-def state_dtype(p: Tensor) -> torch.dtype:
-    """The type of averages and moments for a parameter."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+        if self._loss_penalty is None:
+            native = self._native_allocator(self._native.context, self._native.adapters)
+            self._loss_penalty = Penalty(native, params)
+        grads = self._loss_penalty.gradients(
+            params,
+            lambda grads: self._slices(params, grads, None, [0] * len(params)),
+            self.config.orth_reg_weight if weight is None else weight,
+            self._penalty_value,
+            self._stream,
+        )
+        return self._penalty_value.clone(), grads
 
 
 def _check_keys(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -46,15 +46,17 @@ def _(tensor: Tensor, name: str, lease: Lease) -> View:
 def context(device: torch.device, threads: int | None = None) -> Context:
     """What computes on a device: one context for each, and on the CPU for each number of threads.
 
+    On CUDA it multiplies in float32 proper, whatever PyTorch's setting of TF32.
+
     Args:
-        device: of type cpu or cuda.
+        device: of type cpu or cuda; without a number, PyTorch's current one.
         threads: how many compute on the CPU; None: PyTorch's number.
 
     """
     if device.type == "cpu":
         return _cpu_context(torch.get_num_threads() if threads is None else threads)
     if device.type == "cuda":
-        return _cuda_context(device.index or 0)
+        return _cuda_context(torch.cuda.current_device() if device.index is None else device.index)
     raise UnsupportedError(f"device: expected one of type cpu or cuda, found {device}")
 
 
@@ -65,7 +67,12 @@ def _cpu_context(threads: int) -> Context:
 
 @cache
 def _cuda_context(index: int) -> Context:
-    return Context("cuda", device=index)
+    if torch.cuda.is_current_stream_capturing():
+        raise InvalidStateError("capture: expected a step before that is not captured, found none on this device")
+    made = Context("cuda", device=index)
+    # All that it ever allocates.
+    made.prepare(current_stream(torch.device("cuda", index)))
+    return made
 
 
 def _torch_parallel() -> Any:
@@ -715,7 +722,7 @@ def run(
     else:
         # New memory for each call, which PyTorch's allocator orders by stream.
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-        function(*arguments, workspace.data_ptr(), workspace.numel(), _stream(device))
+        function(*arguments, workspace.data_ptr(), workspace.numel(), current_stream(device))
 
 
 def _call(key: tuple[Any, ...]) -> Call:
@@ -725,8 +732,9 @@ def _call(key: tuple[Any, ...]) -> Call:
     return call
 
 
-def _stream(device: torch.device) -> int | None:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+def current_stream(device: torch.device) -> int | None:
+    """PyTorch's current stream on a device of type cuda; None on the CPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
 
 
 def _rows(tensor: Tensor) -> Tensor:

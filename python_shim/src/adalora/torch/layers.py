@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..arrays import Triplets
 from ..errors import InvalidArgumentError, UnsupportedError
-from .functional import Part, context, native_adapter, svd_linear, traced
+from .functional import Part, context, current_stream, native_adapter, svd_linear, traced
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -239,6 +239,7 @@ class SVDLayer(nn.Module):
             delta.flatten(1),
             scaling=self.scaling(adapter_name),
             fan_in_fan_out=self.fan_in_fan_out,
+            stream=current_stream(delta.device),
         )
         return delta
 
@@ -299,6 +300,7 @@ class SVDLayer(nn.Module):
                 non_finite=non_finite,
                 scaling=self.scaling(name),
                 fan_in_fan_out=self.fan_in_fan_out,
+                stream=current_stream(weight.device),
             )
         if non_finite is not None and non_finite.item():
             raise InvalidArgumentError(f"merge: expected a finite weight, found others after adding {', '.join(names)}")
@@ -340,6 +342,7 @@ class SVDLayer(nn.Module):
                     unmerged.flatten(1),
                     scaling=self.scaling(name),
                     fan_in_fan_out=self.fan_in_fan_out,
+                    stream=current_stream(unmerged.device),
                 )
             weight.copy_(unmerged)
         self.merged_adapters = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -13,9 +14,11 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim.adamw import adamw
 
 from ..allocator import Hyper
-from ..errors import InvalidArgumentError, UnsupportedError
-from .allocator import RankAllocator, state_dtype
+from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
+from .allocator import RankAllocator
 from .distributed import any_is_not_finite, local, spread_state, total_norm
+from .functional import context
+from .penalty import state_dtype
 
 
 class AdamW(torch.optim.AdamW):
@@ -37,10 +40,13 @@ class AdamW(torch.optim.AdamW):
     `global_step` is the number of the next step, by which the schedule goes; it begins at 0, may be set, and is part of
     `state_dict`. `allocator` is the allocator. `amsgrad`, `maximize` and the like are not served.
 
+    On CUDA a step reads nothing back, and may be captured by `torch.cuda.graph` (see `RankAllocator`): `capturable`
+    need not be set. Replays count steps, and read a learning rate that is a tensor on the device.
+
     Args:
         params: as for any optimiser; all of the allocator's trained parameters have to be among them at the first step.
         allocator: whose adapters.
-        lr: learning rate.
+        lr: learning rate; a tensor is read at each step, and may be on the parameters' device.
         betas: decays of the moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
@@ -60,12 +66,23 @@ class AdamW(torch.optim.AdamW):
             raise InvalidArgumentError(f"allocator: expected a RankAllocator, found {type(allocator).__name__}")
         self.allocator = allocator
         allocator.attach(self)
+        # Whether a graph has a step, whose replays nobody sees: then the number is read from the device.
+        self._captured = False
         self.global_step = 0
-        """Number of the next step, by which the schedule goes."""
         # The norm of the last clip_grad_norm_, and what it may be.
         self._clip: tuple[Tensor, float] | None = None
         self._pairing: list[Any] | None = None
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    @property
+    def global_step(self) -> int:
+        """Number of the next step, by which the schedule goes. Once a step was captured, it is read from the device."""
+        return self.allocator.last_step + 1 if self._captured else self._global_step
+
+    @global_step.setter
+    def global_step(self, number: int) -> None:
+        self._global_step = operator.index(number)
+        self.allocator.last_step = self._global_step - 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, the allocator's or others."""
@@ -141,9 +158,14 @@ class AdamW(torch.optim.AdamW):
         if scale is not None:
             allocator.grad_factor.div_(scale)
         self._update_others(clip, scale)
-        allocator.adamw_step(self.global_step)
-        self.global_step += 1
-        self._read_steps()
+        self._captured = self._captured or allocator.is_capturing()
+        allocator.adamw_step(None if self._captured else self._global_step)
+        self._global_step += 1
+        if self._steps.is_cuda:
+            # Counted there: `state_dict` looks.
+            self._steps.view(-1, 3).add_(allocator.updated().unsqueeze(1))
+        else:
+            self._read_steps()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,6 +227,8 @@ class AdamW(torch.optim.AdamW):
         if self._pairing == key and allocator.moments is self._moments and self._state_is_known():
             self._set_hypers()
             return
+        if allocator.is_capturing():
+            raise InvalidStateError("capture: expected a step before that is not captured, found none since changes")
         numbers = {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
         for name, p in zip(allocator.names, params, strict=True):
             if p.requires_grad and p not in numbers:
@@ -234,7 +258,7 @@ class AdamW(torch.optim.AdamW):
             (state["exp_avg"], state["exp_avg_sq"], numbers.get(p, 0)) for p, state in zip(params, states, strict=True)
         ]
         self._constants: list[tuple[float, ...]] = []
-        self._rates: list[tuple[float, float]] = []
+        self._rates: list[float | None] = [None] * (2 * len(self.param_groups))
         self._rate_values = torch.zeros(len(self.param_groups), 2, dtype=torch.float64, device=params[0].device)
         self._set_hypers()
         allocator.use_moments(self._moments, [int(found[0]) for found in steps])
@@ -251,14 +275,19 @@ class AdamW(torch.optim.AdamW):
 
     def _set_hypers(self) -> None:
         groups = self.param_groups
-        rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
-        if rates != self._rates:
-            self._rate_values.copy_(torch.tensor(rates, dtype=torch.float64, device="cpu"))
-            self._rates = rates
+        capturing = self.allocator.is_capturing()
+        rates = [group[name] for group in groups for name in ("lr", "weight_decay")]
+        for k, (rate, known) in enumerate(zip(rates, self._rates, strict=True)):
+            if isinstance(rate, Tensor):
+                self._rate_values[k // 2, k % 2].copy_(rate)
+            elif rate != known or capturing:
+                self._rate_values[k // 2, k % 2].fill_(rate)
+                # What a graph writes is there once it runs, whenever that is.
+                self._rates[k] = None if capturing else rate
         constants = [(*map(float, group["betas"]), float(group["eps"])) for group in groups]
         if constants != self._constants:
             self.allocator.hypers = [
-                Hyper(lr, weight_decay=weight_decay, betas=(beta1, beta2), eps=eps)
+                Hyper(lr, weight_decay=weight_decay, betas=(beta1, beta2), eps=eps, context=context(lr.device))
                 for (lr, weight_decay), (beta1, beta2, eps) in zip(self._rate_values, constants, strict=True)
             ]
             self._constants = constants
