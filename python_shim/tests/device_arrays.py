@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ _NON_BLOCKING = 1
 
 SOFTWARE = Path(__file__).resolve().parents[2] / "target" / "cpp" / "software_cuda" / "lib"
 """Where building the C++ tests leaves software CUDA."""
+
+
+def folder(software: bool) -> str | Path | None:
+    """Where the tests' CUDA is: `ADALORA_CUDA_FOLDER`, else software CUDA, or None: what a context finds."""
+    return os.environ.get("ADALORA_CUDA_FOLDER") or (SOFTWARE if software else None)
 
 
 class Device:

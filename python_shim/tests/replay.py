@@ -8,7 +8,7 @@ golden/ beside this file names the tensors. The base layers and the loss are Num
 orthogonality, AdamW, importance and selection are the library's.
 
 On "software-cuda" and "cuda" all arrays lie in device memory: of the stand-in that building the C++ tests makes, and
-of a GPU; base layers and loss stay on the host.
+of a GPU, by the libraries in ADALORA_CUDA_FOLDER where that is set; base layers and loss stay on the host.
 
 Each case runs twice: once with `update`, `scores` and `select` as calls of their own, told what is not finite, and once
 with `step`, which is the three and looks itself; both meet the recording, and each other bit for bit. Both go through
@@ -382,9 +382,7 @@ def make_context(options: argparse.Namespace) -> adalora.Context:
     """What computes."""
     if options.device == "cpu":
         return adalora.Context(threads=options.threads, library=options.library)
-    folder = options.library_folder
-    if folder is None and options.device == "software-cuda":
-        folder = device_arrays.SOFTWARE
+    folder = device_arrays.folder(options.device == "software-cuda")
     return device_arrays.Device(library_folder=folder, library=options.library).context
 
 
@@ -394,7 +392,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--library", type=Path, help="the native library; else the package's")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
     parser.add_argument("--device", choices=["cpu", "software-cuda", "cuda"], default="cpu")
-    parser.add_argument("--library-folder", type=Path, help="CUDA's libraries; else those of the device")
     parser.add_argument("--threads", type=int, default=0, help="on the CPU; 0: as many as the process may run on")
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path)
     options = parser.parse_args(arguments)
