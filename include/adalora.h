@@ -17,7 +17,8 @@
 //
 // Threads. Any handle may be used from any thread. A const pointer to an object promises that the call may run concurrently with others
 // on it; other calls on one object wait for each other. Results do not depend on the number of threads. The child of a fork may go on
-// with its parent's objects, but for an allocator that another thread was in a call on when the fork happened. A call needs up to 200 KiB of stack.
+// with its parent's objects, but for an allocator that another thread was in a call on when the fork happened; those of a CUDA context return
+// ADALORA_ERROR_BACKEND_UNAVAILABLE there. A call needs up to 200 KiB of stack.
 //
 // Shapes are row-major. The compute type of an adapter is float64 for float64 parameters, else float32; sums over tokens and features are
 // taken in it, scores and norms in float64. A stream is a cudaStream_t on CUDA, and not read on the CPU.
@@ -575,7 +576,8 @@ typedef struct adalora_context_desc_t {
   size_t struct_size;
   // `ADALORA_BACKEND_CPU` or `ADALORA_BACKEND_CUDA`.
   int32_t backend;
-  // CUDA: the device's number. CPU: 0.
+  // CUDA: the device's number. Memory and streams are those of its primary context, which CUDA's runtime and PyTorch
+  // use; which context and device are current in the calling thread does not matter, and stays. CPU: 0.
   int32_t device;
   // CPU: how many threads compute, the calling one included; 0: as many as the process may run on. At most 1024.
   // CUDA: 0.
@@ -1101,18 +1103,22 @@ adalora_status_t adalora_checkpoint_read_tensor(const struct adalora_checkpoint_
                                                 void *data,
                                                 size_t bytes);
 
-// Makes a context. No thread is started and no device memory taken before it is asked to compute or to prepare.
+// Makes a context. No thread is started and no device memory taken before it is asked to compute or to prepare; on CUDA
+// the libraries are found and the driver started.
 //
 // @param desc What to make; `backend` must be named.
 // @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
 // @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this
-// library or machine lacks the backend, with what was looked for.
+// library or machine lacks the backend, with what was looked for: on CUDA also where there is no driver, one older than
+// that of CUDA 12.0, or no device of that number.
 adalora_status_t adalora_context_create(const struct adalora_context_desc_t *desc, struct adalora_context_t **context);
 
-// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA,
-// modules and what cuBLAS holds for this thread. May allocate and synchronise; nothing else that takes a stream does.
+// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, the
+// device's primary context, the kernels, and four cuBLAS handles where none was lent, so that four calls at a time
+// enqueue products and others wait for them. May allocate and synchronise; nothing else that takes a stream does.
 //
 // @param stream A `cudaStream_t` on CUDA; not read on the CPU.
+// @return `ADALORA_ERROR_INVALID_STATE` where the stream is being captured into a graph: prepare first.
 adalora_status_t adalora_context_prepare(struct adalora_context_t *context, void *stream);
 
 // Says in words what the context computes with: library version, backend, threads, instruction set, libraries and
@@ -1142,7 +1148,7 @@ adalora_status_t adalora_context_gradient_factor(const struct adalora_context_t 
                                                  void *stream);
 
 // Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with the last of
-// them.
+// them, and on CUDA the kernels with it, which graphs that were captured must not run any more.
 void adalora_context_destroy(struct adalora_context_t *context);
 
 // Version of the library: `major << 16 | minor << 8 | patch`.

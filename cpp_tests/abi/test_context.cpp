@@ -88,6 +88,17 @@ TEST(ContextCreate, RefusesWhatMakesNoSense) {
       {{"a cuBLAS handle", invalid, {"desc.cublas_handle", "expected NULL"}}, [](auto& d) { d.cublas_handle = &d; }},
       {{"a folder", invalid, {"desc.library_folder", "found /opt", "expected NULL"}},
        [](auto& d) { d.library_folder = "/opt"; }},
+      {{"TF32", invalid, {"desc.tf32", "found 1", "expected 0 on the CPU"}}, [](auto& d) { d.tf32 = 1; }},
+      {{"another TF32", invalid, {"desc.tf32", "found 2", "expected 0 or 1"}}, [](auto& d) { d.tf32 = 2; }},
+      {{"the end reserved", invalid, {"desc.reserved_end", "found -1", "expected 0"}},
+       [](auto& d) { d.reserved_end = -1; }},
+      {{"threads on CUDA", invalid, {"desc.threads", "found 2", "expected 0 on the CUDA"}},
+       [](auto& d) { d.backend = ADALORA_BACKEND_CUDA, d.threads = 2; }},
+      {{"the caller's threads on CUDA", invalid, {"desc.parallel", "expected NULL on the CUDA"}},
+       [](auto& d) {
+         d.backend = ADALORA_BACKEND_CUDA;
+         d.parallel = [](void (*)(void*), void*, uint32_t, uint32_t) {};
+       }},
       {{"no size", invalid, {"desc.struct_size", "found 0"}}, [](auto& d) { d.struct_size = 0; }},
       {{"a size without the backend", invalid, {"desc.struct_size", "found 8"}}, [](auto& d) { d.struct_size = 8; }},
       {{"an absurd size", invalid, {"desc.struct_size"}},

@@ -11,12 +11,14 @@ use std::sync::Arc;
 /// A backend, its device and threads. May be used from any thread.
 pub struct Context(pub(super) Handle<Arc<context::Context>>);
 
-/// Makes a context. No thread is started and no device memory taken before it is asked to compute or to prepare.
+/// Makes a context. No thread is started and no device memory taken before it is asked to compute or to prepare; on CUDA
+/// the libraries are found and the driver started.
 ///
 /// @param desc What to make; `backend` must be named.
 /// @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
 /// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this
-/// library or machine lacks the backend, with what was looked for.
+/// library or machine lacks the backend, with what was looked for: on CUDA also where there is no driver, one older than
+/// that of CUDA 12.0, or no device of that number.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_context_create(
     desc: *const ContextDesc,
@@ -32,10 +34,12 @@ pub unsafe extern "C" fn adalora_context_create(
     })
 }
 
-/// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA,
-/// modules and what cuBLAS holds for this thread. May allocate and synchronise; nothing else that takes a stream does.
+/// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, the
+/// device's primary context, the kernels, and four cuBLAS handles where none was lent, so that four calls at a time
+/// enqueue products and others wait for them. May allocate and synchronise; nothing else that takes a stream does.
 ///
 /// @param stream A `cudaStream_t` on CUDA; not read on the CPU.
+/// @return `ADALORA_ERROR_INVALID_STATE` where the stream is being captured into a graph: prepare first.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_context_prepare(context: Option<NonNull<Context>>, stream: *mut c_void) -> Status {
     guard("adalora_context_prepare", || {
@@ -94,7 +98,7 @@ pub unsafe extern "C" fn adalora_context_gradient_factor(
 }
 
 /// Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with the last of
-/// them.
+/// them, and on CUDA the kernels with it, which graphs that were captured must not run any more.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_context_destroy(context: Option<NonNull<Context>>) {
     // SAFETY: the caller gives up the handle; its kind is checked before it is freed.

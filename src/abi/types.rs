@@ -172,7 +172,8 @@ pub struct ContextDesc {
     pub struct_size: usize,
     /// `ADALORA_BACKEND_CPU` or `ADALORA_BACKEND_CUDA`.
     pub backend: i32,
-    /// CUDA: the device's number. CPU: 0.
+    /// CUDA: the device's number. Memory and streams are those of its primary context, which CUDA's runtime and PyTorch
+    /// use; which context and device are current in the calling thread does not matter, and stays. CPU: 0.
     pub device: i32,
     /// CPU: how many threads compute, the calling one included; 0: as many as the process may run on. At most 1024.
     /// CUDA: 0.

@@ -637,7 +637,8 @@ class adalora_context_desc_t(Structure):
         ("struct_size", c_size_t),
         # `ADALORA_BACKEND_CPU` or `ADALORA_BACKEND_CUDA`.
         ("backend", c_int32),
-        # CUDA: the device's number. CPU: 0.
+        # CUDA: the device's number. Memory and streams are those of its primary context, which CUDA's runtime and
+        # PyTorch use; which context and device are current in the calling thread does not matter, and stays. CPU: 0.
         ("device", c_int32),
         # CPU: how many threads compute, the calling one included; 0: as many as the process may run on. At most 1024.
         # CUDA: 0.
@@ -1432,14 +1433,15 @@ the checkpoint.
             ("context", POINTER(POINTER(adalora_context_t))),
         ),
         doc="""Makes a context. No thread is started and no device memory taken before it is asked to compute or to
-prepare.
+prepare; on CUDA the libraries are found and the driver started.
 
 @param desc What to make; `backend` must be named.
 @param context Receives the handle; written on success alone. Destroy it by
 `adalora_context_destroy`.
 @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range;
 `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this library or machine lacks the backend, with what was
-looked for.
+looked for: on CUDA also where there is no driver, one older than that of CUDA 12.0, or no device of
+that number.
 """,
     ),
     "adalora_context_prepare": Function(
@@ -1450,10 +1452,12 @@ looked for.
             ("stream", c_void_p),
         ),
         doc="""Takes now what the context would otherwise take at its first computation: the pool's threads on the
-CPU; on CUDA, modules and what cuBLAS holds for this thread. May allocate and synchronise; nothing
-else that takes a stream does.
+CPU; on CUDA, the device's primary context, the kernels, and four cuBLAS handles where none was lent,
+so that four calls at a time enqueue products and others wait for them. May allocate and synchronise;
+nothing else that takes a stream does.
 
 @param stream A `cudaStream_t` on CUDA; not read on the CPU.
+@return `ADALORA_ERROR_INVALID_STATE` where the stream is being captured into a graph: prepare first.
 """,
     ),
     "adalora_context_describe": Function(
@@ -1501,7 +1505,8 @@ The pointers are in the memory of the context's backend.
         is_status=False,
         arguments=(("context", POINTER(adalora_context_t)),),
         doc="""Destroys a context; NULL is nothing. Adapters and allocators made from it go on working: it ends with
-the last of them.
+the last of them, and on CUDA the kernels with it, which graphs that were captured must not run any
+more.
 """,
     ),
     "adalora_version": Function(

@@ -176,20 +176,16 @@ impl Device {
     /// Takes what the first call would take: the primary context, the module, cuBLAS handles.
     pub(super) fn prepare(&self, stream: Stream) -> Result<()> {
         self.same_process()?;
-        let context = PrimaryContext::retain(&self.libraries, self.number)?;
-        context.within(|| {
-            self.refuse_capture(stream)?;
-            self.make_ready().map(|_| ())
-        })
+        match self.ready.get() {
+            Some(ready) => ready.context.within(|| refuse_capture(&self.libraries, stream)),
+            None => self.make_ready(stream).map(|_| ()),
+        }
     }
 
     /// Runs a call's part on the device, in a stream. The thread's own context and device are back afterwards.
     pub(super) fn enter<T>(&self, stream: Stream, body: impl FnOnce(&Session) -> Result<T>) -> Result<T> {
         self.same_process()?;
-        if self.ready.get().is_none() {
-            self.prepare(stream)?;
-        }
-        let ready = self.make_ready()?;
+        let ready = self.make_ready(stream)?;
         ready.context.within(|| body(&Session { device: self, ready, stream, thread: PhantomData }))
     }
 
@@ -208,31 +204,7 @@ impl Device {
         ))
     }
 
-    /// Nothing can be taken while a graph is being captured.
-    fn refuse_capture(&self, stream: Stream) -> Result<()> {
-        let mut status = 0;
-        let runtime = &self.libraries.runtime;
-        // SAFETY: the caller's stream; one number is written, which is not read as the crate's enumeration.
-        let code = unsafe {
-            (runtime.cudaStreamIsCapturing)(runtime_stream(stream), (&raw mut status).cast::<cudaStreamCaptureStatus>())
-        };
-        if code == 0 && status == 0 {
-            return Ok(());
-        }
-        // The legacy stream while another is captured.
-        const STREAM_CAPTURE_IMPLICIT: c_int = 906;
-        let outcome = runtime.check("cudaStreamIsCapturing", code);
-        if code != 0 && code != STREAM_CAPTURE_IMPLICIT {
-            return outcome;
-        }
-        Err(Error::new(
-            Code::InvalidState,
-            "stream: found one that is captured into a graph, expected adalora_context_prepare to be called before the \
-             capture: modules and cuBLAS handles cannot be made during it",
-        ))
-    }
-
-    fn make_ready(&self) -> Result<&Ready> {
+    fn make_ready(&self, stream: Stream) -> Result<&Ready> {
         if let Some(ready) = self.ready.get() {
             return Ok(ready);
         }
@@ -240,7 +212,8 @@ impl Device {
         if let Some(ready) = self.ready.get() {
             return Ok(ready);
         }
-        let ready = Ready::new(&self.libraries, self.number, if self.lent.is_some() { 0 } else { HANDLES })?;
+        let handles = if self.lent.is_some() { 0 } else { HANDLES };
+        let ready = Ready::new(&self.libraries, self.number, handles, stream)?;
         Ok(self.ready.get_or_init(|| ready))
     }
 }
@@ -265,6 +238,27 @@ fn name_of(libraries: &Libraries, number: c_int) -> Result<String> {
         libraries.driver.check("cuDeviceGetName", code)?;
         Ok(CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned())
     }
+}
+
+/// Nothing can be taken while a graph is being captured.
+fn refuse_capture(libraries: &Libraries, stream: Stream) -> Result<()> {
+    let mut status = 0;
+    let runtime = &libraries.runtime;
+    // SAFETY: the caller's stream; one number is written, which is not read as the crate's enumeration.
+    let code = unsafe {
+        (runtime.cudaStreamIsCapturing)(runtime_stream(stream), (&raw mut status).cast::<cudaStreamCaptureStatus>())
+    };
+    // The legacy stream, while another one is captured.
+    const STREAM_CAPTURE_IMPLICIT: c_int = 906;
+    let outcome = runtime.check("cudaStreamIsCapturing", code);
+    if code == STREAM_CAPTURE_IMPLICIT || (code == 0 && status != 0) {
+        return Err(Error::new(
+            Code::InvalidState,
+            "stream: found one that is captured into a graph, expected adalora_context_prepare to be called before the \
+             capture: modules and cuBLAS handles cannot be made during it",
+        ));
+    }
+    outcome
 }
 
 fn runtime_stream(stream: Stream) -> RuntimeStream {
@@ -357,7 +351,7 @@ unsafe impl Sync for Ready {}
 
 impl Ready {
     /// The device's context need not be current.
-    fn new(libraries: &Arc<Libraries>, device: c_int, handles: usize) -> Result<Self> {
+    fn new(libraries: &Arc<Libraries>, device: c_int, handles: usize, stream: Stream) -> Result<Self> {
         let context = PrimaryContext::retain(libraries, device)?;
         let mut ready = Self {
             handles: Mutex::new(ArrayVec::new()),
@@ -370,6 +364,7 @@ impl Ready {
         let made = {
             let Self { handles: pool, functions, module, context, .. } = &mut ready;
             context.within(|| {
+                refuse_capture(libraries, stream)?;
                 let driver = &libraries.driver;
                 // SAFETY: a zero-terminated text; an address is written.
                 let code = unsafe { (driver.cuModuleLoadData)(&raw mut *module, PTX.as_ptr().cast()) };

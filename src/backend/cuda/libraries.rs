@@ -21,6 +21,9 @@ const MAJORS: [u32; 2] = [13, 12];
 /// The driver that the kernels' PTX needs, as `cudaDriverGetVersion` counts.
 const OLDEST_DRIVER: c_int = 12_000;
 
+/// Names of functions that a library lacks.
+type Missing = Vec<&'static str>;
+
 /// A table of functions; `as` holds a function against what a `-sys` crate declares.
 macro_rules! table {
     (@held ($($argument:ty),*) $declared:path: $theirs:ty) => {
@@ -40,7 +43,7 @@ macro_rules! table {
 
         impl $table {
             /// Looks every function up; the names of those that are not there.
-            fn load(mut find: impl FnMut(&'static CStr) -> *mut c_void) -> std::result::Result<Self, Vec<&'static str>> {
+            fn load(mut find: impl FnMut(&'static CStr) -> *mut c_void) -> std::result::Result<Self, Missing> {
                 let mut missing = Vec::new();
                 $(
                     #[allow(non_snake_case, reason = "CUDA's names")]
@@ -72,14 +75,22 @@ table! {
         cudaGetDeviceCount: fn(*mut c_int) -> c_int, as cudart::cudaGetDeviceCount: cudart::cudaError_t;
         cudaDriverGetVersion: fn(*mut c_int) -> c_int, as cudart::cudaDriverGetVersion: cudart::cudaError_t;
         cudaRuntimeGetVersion: fn(*mut c_int) -> c_int, as cudart::cudaRuntimeGetVersion: cudart::cudaError_t;
-        cudaDeviceGetAttribute: fn(*mut c_int, cudart::cudaDeviceAttr, c_int) -> c_int, as cudart::cudaDeviceGetAttribute: cudart::cudaError_t;
+        cudaDeviceGetAttribute: fn(*mut c_int, cudart::cudaDeviceAttr, c_int) -> c_int,
+            as cudart::cudaDeviceGetAttribute: cudart::cudaError_t;
         cudaGetLastError: fn() -> c_int, as cudart::cudaGetLastError: cudart::cudaError_t;
-        cudaMemcpyAsync: fn(*mut c_void, *const c_void, usize, cudart::cudaMemcpyKind, RuntimeStream) -> c_int, as cudart::cudaMemcpyAsync: cudart::cudaError_t;
-        cudaMemcpy2DAsync: fn(*mut c_void, usize, *const c_void, usize, usize, usize, cudart::cudaMemcpyKind, RuntimeStream) -> c_int, as cudart::cudaMemcpy2DAsync: cudart::cudaError_t;
-        cudaMemsetAsync: fn(*mut c_void, c_int, usize, RuntimeStream) -> c_int, as cudart::cudaMemsetAsync: cudart::cudaError_t;
-        cudaMemset2DAsync: fn(*mut c_void, usize, c_int, usize, usize, RuntimeStream) -> c_int, as cudart::cudaMemset2DAsync: cudart::cudaError_t;
+        cudaMemcpyAsync: fn(*mut c_void, *const c_void, usize, cudart::cudaMemcpyKind, RuntimeStream) -> c_int,
+            as cudart::cudaMemcpyAsync: cudart::cudaError_t;
+        cudaMemcpy2DAsync: fn(
+            *mut c_void, usize, *const c_void, usize, usize, usize, cudart::cudaMemcpyKind, RuntimeStream
+        ) -> c_int,
+            as cudart::cudaMemcpy2DAsync: cudart::cudaError_t;
+        cudaMemsetAsync: fn(*mut c_void, c_int, usize, RuntimeStream) -> c_int,
+            as cudart::cudaMemsetAsync: cudart::cudaError_t;
+        cudaMemset2DAsync: fn(*mut c_void, usize, c_int, usize, usize, RuntimeStream) -> c_int,
+            as cudart::cudaMemset2DAsync: cudart::cudaError_t;
         cudaStreamSynchronize: fn(RuntimeStream) -> c_int, as cudart::cudaStreamSynchronize: cudart::cudaError_t;
-        cudaStreamIsCapturing: fn(RuntimeStream, *mut cudart::cudaStreamCaptureStatus) -> c_int, as cudart::cudaStreamIsCapturing: cudart::cudaError_t;
+        cudaStreamIsCapturing: fn(RuntimeStream, *mut cudart::cudaStreamCaptureStatus) -> c_int,
+            as cudart::cudaStreamIsCapturing: cudart::cudaError_t;
         // Takes an error as a number: the crate's enumeration lacks the newer ones.
         cudaGetErrorName: fn(c_int) -> *const c_char;
         cudaGetErrorString: fn(c_int) -> *const c_char;
@@ -99,7 +110,10 @@ table! {
         cuModuleLoadData: fn(*mut Opaque, *const c_void) -> c_int;
         cuModuleUnload: fn(Opaque) -> c_int;
         cuModuleGetFunction: fn(*mut Opaque, Opaque, *const c_char) -> c_int;
-        cuLaunchKernel: fn(Opaque, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Opaque, *mut *mut c_void, *mut *mut c_void) -> c_int;
+        cuLaunchKernel: fn(
+            Opaque, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Opaque, *mut *mut c_void,
+            *mut *mut c_void
+        ) -> c_int;
         cuGetErrorName: fn(c_int, *mut *const c_char) -> c_int;
         cuGetErrorString: fn(c_int, *mut *const c_char) -> c_int;
     }
@@ -110,21 +124,33 @@ table! {
     Cublas {
         cublasCreate_v2: fn(*mut Handle) -> c_int, as cublas::cublasCreate_v2: cublas::cublasStatus_t;
         cublasDestroy_v2: fn(Handle) -> c_int, as cublas::cublasDestroy_v2: cublas::cublasStatus_t;
-        cublasSetStream_v2: fn(Handle, cublas::cudaStream_t) -> c_int, as cublas::cublasSetStream_v2: cublas::cublasStatus_t;
-        cublasGetStream_v2: fn(Handle, *mut cublas::cudaStream_t) -> c_int, as cublas::cublasGetStream_v2: cublas::cublasStatus_t;
-        cublasSetPointerMode_v2: fn(Handle, cublas::cublasPointerMode_t) -> c_int, as cublas::cublasSetPointerMode_v2: cublas::cublasStatus_t;
-        cublasGetPointerMode_v2: fn(Handle, *mut cublas::cublasPointerMode_t) -> c_int, as cublas::cublasGetPointerMode_v2: cublas::cublasStatus_t;
+        cublasSetStream_v2: fn(Handle, cublas::cudaStream_t) -> c_int,
+            as cublas::cublasSetStream_v2: cublas::cublasStatus_t;
+        cublasGetStream_v2: fn(Handle, *mut cublas::cudaStream_t) -> c_int,
+            as cublas::cublasGetStream_v2: cublas::cublasStatus_t;
+        cublasSetPointerMode_v2: fn(Handle, cublas::cublasPointerMode_t) -> c_int,
+            as cublas::cublasSetPointerMode_v2: cublas::cublasStatus_t;
+        cublasGetPointerMode_v2: fn(Handle, *mut cublas::cublasPointerMode_t) -> c_int,
+            as cublas::cublasGetPointerMode_v2: cublas::cublasStatus_t;
         cublasGetProperty: fn(c_int, *mut c_int) -> c_int;
         cublasSetWorkspace_v2: fn(Handle, *mut c_void, usize) -> c_int;
         cublasSetMathMode: fn(Handle, c_int) -> c_int;
         cublasGetMathMode: fn(Handle, *mut c_int) -> c_int;
-        cublasGemmEx: fn(Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int, *const c_void, c_int, c_int, *const c_void, *mut c_void, c_int, c_int, c_int, c_int) -> c_int;
-        cublasGemmEx_64: fn(Handle, c_int, c_int, c_longlong, c_longlong, c_longlong, *const c_void, *const c_void, c_int, c_longlong, *const c_void, c_int, c_longlong, *const c_void, *mut c_void, c_int, c_longlong, c_int, c_int) -> c_int;
+        cublasGemmEx: fn(
+            Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int, *const c_void,
+            c_int, c_int, *const c_void, *mut c_void, c_int, c_int, c_int, c_int
+        ) -> c_int;
+        cublasGemmEx_64: fn(
+            Handle, c_int, c_int, c_longlong, c_longlong, c_longlong, *const c_void, *const c_void, c_int,
+            c_longlong, *const c_void, c_int, c_longlong, *const c_void, *mut c_void, c_int, c_longlong, c_int,
+            c_int
+        ) -> c_int;
         cublasGetStatusName: fn(c_int) -> *const c_char;
     }
 }
 
-/// A shared library of this process. It is never closed: CUDA's libraries start threads and keep state of their own.
+/// A shared library of this process. Once it was called it is never closed: CUDA's libraries start threads and keep
+/// state of their own.
 struct Library {
     handle: *mut c_void,
     path: String,
@@ -143,11 +169,20 @@ impl Library {
             return Err(reason.unwrap_or_else(|| format!("{shown}: the process has not loaded it")));
         }
         let library = Self { handle, path: shown.into() };
-        if library.path.contains('/') {
-            return Ok(library);
-        }
-        let path = [c"cudaGetErrorName", c"cublasGetStatusName"].into_iter().find_map(|f| file_of(library.symbol(f)));
+        let known = [c"cudaGetErrorName", c"cublasGetStatusName"];
+        let file = if library.path.contains('/') {
+            Some(library.path.clone())
+        } else {
+            known.into_iter().find_map(|f| file_of(library.symbol(f)))
+        };
+        let path = file.and_then(|f| Some(std::path::absolute(f).ok()?.to_string_lossy().into_owned()));
         Ok(Self { path: path.unwrap_or(library.path), handle })
+    }
+
+    /// Gives back what was not used.
+    fn close(self) {
+        // SAFETY: nothing was asked of it.
+        unsafe { libc::dlclose(self.handle) };
     }
 
     fn symbol(&self, name: &CStr) -> *mut c_void {
@@ -265,8 +300,10 @@ fn find(lent_handle: bool) -> Result<Found> {
         };
         let runtime = open(runtime, &names[0], aside[0].as_deref());
         let blas = open(blas, &names[1], aside[1].as_deref());
-        if let (Some(runtime), Some(blas)) = (runtime, blas) {
-            return Ok(Found { runtime, blas });
+        match (runtime, blas) {
+            (Some(runtime), Some(blas)) => return Ok(Found { runtime, blas }),
+            // Of the next version, both.
+            (one, other) => one.into_iter().chain(other).for_each(Library::close),
         }
     }
     Err(unavailable(format!("CUDA's libraries are not here: {}", tried.join("; "))))
