@@ -177,7 +177,7 @@ impl Device {
     pub(super) fn prepare(&self, stream: Stream) -> Result<()> {
         self.same_process()?;
         match self.ready.get() {
-            Some(ready) => ready.context.within(|| refuse_capture(&self.libraries, stream)),
+            Some(ready) => ready.context.within(|| refuse_capture(&self.libraries, stream, PREPARE_FIRST)),
             None => self.make_ready(stream).map(|_| ()),
         }
     }
@@ -240,8 +240,13 @@ fn name_of(libraries: &Libraries, number: c_int) -> Result<String> {
     }
 }
 
-/// Nothing can be taken while a graph is being captured.
-fn refuse_capture(libraries: &Libraries, stream: Stream) -> Result<()> {
+/// What is done instead where modules and cuBLAS handles would be made.
+const PREPARE_FIRST: &str = "adalora_context_prepare to be called before the capture";
+/// What is done instead where the call waits.
+const NOT_CAPTURED: &str = "one that is not: the call waits for it";
+
+/// What cannot be done while a graph is being captured must not be tried: the capture would be lost.
+fn refuse_capture(libraries: &Libraries, stream: Stream, expected: &str) -> Result<()> {
     let mut status = 0;
     let runtime = &libraries.runtime;
     // SAFETY: the caller's stream; one number is written, which is not read as the crate's enumeration.
@@ -254,8 +259,7 @@ fn refuse_capture(libraries: &Libraries, stream: Stream) -> Result<()> {
     if code == STREAM_CAPTURE_IMPLICIT || (code == 0 && status != 0) {
         return Err(Error::new(
             Code::InvalidState,
-            "stream: found one that is captured into a graph, expected adalora_context_prepare to be called before the \
-             capture: modules and cuBLAS handles cannot be made during it",
+            format!("stream: found one that is captured into a graph, expected {expected}"),
         ));
     }
     outcome
@@ -364,7 +368,7 @@ impl Ready {
         let made = {
             let Self { handles: pool, functions, module, context, .. } = &mut ready;
             context.within(|| {
-                refuse_capture(libraries, stream)?;
+                refuse_capture(libraries, stream, PREPARE_FIRST)?;
                 let driver = &libraries.driver;
                 // SAFETY: a zero-terminated text; an address is written.
                 let code = unsafe { (driver.cuModuleLoadData)(&raw mut *module, PTX.as_ptr().cast()) };
@@ -536,12 +540,13 @@ impl Session<'_> {
         if from.is_empty() {
             return Ok(());
         }
+        self.refuse_capture()?;
         // SAFETY: device memory as large as was checked; the host's is read before this function returns.
         let enqueued = self.runtime("cudaMemcpyAsync", |r| unsafe {
             let kind = cudaMemcpyKind::cudaMemcpyHostToDevice;
             (r.cudaMemcpyAsync)(pointer(to), from.as_ptr().cast(), from.len(), kind, runtime_stream(self.stream))
         });
-        enqueued.and_then(|()| self.synchronize())
+        enqueued.and_then(|()| self.wait())
     }
 
     /// Copies to the host, and waits.
@@ -549,16 +554,27 @@ impl Session<'_> {
         if to.is_empty() {
             return Ok(());
         }
+        self.refuse_capture()?;
         // SAFETY: device memory as large as was checked; the host's is written before this function returns.
         let enqueued = self.runtime("cudaMemcpyAsync", |r| unsafe {
             let kind = cudaMemcpyKind::cudaMemcpyDeviceToHost;
             (r.cudaMemcpyAsync)(to.as_mut_ptr().cast(), pointer(from), to.len(), kind, runtime_stream(self.stream))
         });
-        enqueued.and_then(|()| self.synchronize())
+        enqueued.and_then(|()| self.wait())
     }
 
     /// Waits for the stream.
     pub(super) fn synchronize(&self) -> Result<()> {
+        self.refuse_capture()?;
+        self.wait()
+    }
+
+    fn refuse_capture(&self) -> Result<()> {
+        let outcome = refuse_capture(&self.device.libraries, self.stream, NOT_CAPTURED);
+        outcome.map_err(|e| if e.code == Code::InvalidState { e } else { incomplete(e) })
+    }
+
+    fn wait(&self) -> Result<()> {
         // SAFETY: the caller's stream.
         self.runtime("cudaStreamSynchronize", |r| unsafe { (r.cudaStreamSynchronize)(runtime_stream(self.stream)) })
     }
