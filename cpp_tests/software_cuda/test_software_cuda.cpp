@@ -4,7 +4,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cmath>
+#include <atomic>
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
@@ -449,6 +450,537 @@ TEST_F(SoftwareCuda, HandlesAreChecked) {
   EXPECT_EQ(cudaGetLastError(), cudaSuccess);
   EXPECT_EQ(software_cuda_live(SOFTWARE_CUDA_STREAMS), 0);
   EXPECT_EQ(software_cuda_live(SOFTWARE_CUDA_EVENTS), 0);
+}
+
+// ---- Captures ----------------------------------------------------------------------------------------------------
+
+class Captures : public SoftwareCuda {
+ protected:
+  void SetUp() override {
+    SoftwareCuda::SetUp();
+    memory = device(std::vector<float>(64, 1.0f));
+    other = stream();
+    origin = stream();
+    function("add");
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  }
+  void begin(int mode = cudaStreamCaptureModeGlobal) { ASSERT_EQ(cudaStreamBeginCapture(origin, mode), cudaSuccess); }
+  int end() { return cudaStreamEndCapture(origin, &graph); }
+  int status_of(cudaStream_t one) {
+    int status = -1;
+    EXPECT_EQ(cudaStreamIsCapturing(one, &status), cudaSuccess);
+    return status;
+  }
+  cudaGraphExec_t instantiate() {
+    cudaGraphExec_t exec = nullptr;
+    EXPECT_EQ(cudaGraphInstantiateWithFlags(&exec, graph, 0), cudaSuccess);
+    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+    return exec;
+  }
+  float value() {
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    return host(memory, 1)[0];
+  }
+
+  float* memory;
+  cudaStream_t origin, other;
+  cudaGraph_t graph = nullptr;
+};
+
+TEST_F(Captures, RecordAndReplay) {
+  begin();
+  EXPECT_EQ(status_of(origin), cudaStreamCaptureStatusActive);
+  EXPECT_EQ(status_of(other), cudaStreamCaptureStatusNone);
+  ASSERT_EQ(add(memory, memory, 64, 1.0f, origin), cudaSuccess);
+  ASSERT_EQ(add(memory, memory, 64, 2.0f, origin), cudaSuccess);
+  ASSERT_EQ(end(), cudaSuccess);
+  EXPECT_EQ(status_of(origin), cudaStreamCaptureStatusNone);
+  EXPECT_EQ(software_cuda_pending(), 0);
+  EXPECT_EQ(value(), 1.0f) << "nothing ran";
+  const cudaGraphExec_t exec = instantiate();
+  for (int i = 0; i < 3; ++i) ASSERT_EQ(cudaGraphLaunch(exec, other), cudaSuccess);
+  EXPECT_EQ(value(), 10.0f);
+  EXPECT_EQ(cudaGraphExecDestroy(exec), cudaSuccess);
+  EXPECT_EQ(software_cuda_live(SOFTWARE_CUDA_GRAPHS) + software_cuda_live(SOFTWARE_CUDA_GRAPH_EXECS), 0);
+}
+
+TEST_F(Captures, ForkAndJoin) {
+  const cudaEvent_t forks = event(), joins = event();
+  float* second = device(std::vector<float>(64, 5.0f));
+  for (bool joined : {false, true}) {
+    begin();
+    ASSERT_EQ(cudaEventRecord(forks, origin), cudaSuccess);
+    ASSERT_EQ(cudaStreamWaitEvent(other, forks, 0), cudaSuccess);
+    EXPECT_EQ(status_of(other), cudaStreamCaptureStatusActive);
+    ASSERT_EQ(add(second, second, 64, 1.0f, other), cudaSuccess);
+    ASSERT_EQ(cudaEventRecord(joins, other), cudaSuccess);
+    if (joined) {
+      ASSERT_EQ(cudaStreamWaitEvent(origin, joins, 0), cudaSuccess);
+    }
+    ASSERT_EQ(add(memory, second, 64, 1.0f, origin), cudaSuccess);
+    if (!joined) {
+      EXPECT_EQ(end(), cudaErrorStreamCaptureUnjoined);
+      EXPECT_EQ(status_of(other), cudaStreamCaptureStatusNone);
+    }
+  }
+  ASSERT_EQ(end(), cudaSuccess);
+  const cudaGraphExec_t exec = instantiate();
+  ASSERT_EQ(cudaGraphLaunch(exec, origin), cudaSuccess);
+  EXPECT_EQ(value(), 7.0f);
+}
+
+struct Forbidden {
+  const char* what;
+  int error;
+  int (*call)(float* memory, cudaStream_t origin, cudaStream_t other);
+};
+class ForbiddenInCapture : public Captures, public testing::WithParamInterface<Forbidden> {};
+
+TEST_P(ForbiddenInCapture, InvalidatesIt) {
+  const Forbidden& forbidden = GetParam();
+  begin();
+  ASSERT_EQ(add(memory, memory, 64, 1.0f, origin), cudaSuccess);
+  EXPECT_EQ(forbidden.call(memory, origin, other), forbidden.error);
+  EXPECT_EQ(status_of(origin), cudaStreamCaptureStatusInvalidated);
+  EXPECT_EQ(add(memory, memory, 64, 1.0f, origin), cudaErrorStreamCaptureInvalidated);
+  EXPECT_EQ(end(), cudaErrorStreamCaptureInvalidated);
+  EXPECT_EQ(graph, nullptr);
+  EXPECT_EQ(value(), 1.0f) << "and all works again";
+}
+
+float host_value = 1.0f;
+
+INSTANTIATE_TEST_SUITE_P(
+    Captures, ForbiddenInCapture,
+    testing::Values(Forbidden{"malloc", cudaErrorStreamCaptureUnsupported,
+                              [](float*, cudaStream_t, cudaStream_t) {
+                                void* memory = nullptr;
+                                return cudaMalloc(&memory, 16);
+                              }},
+                    Forbidden{"free", cudaErrorStreamCaptureUnsupported,
+                              [](float* memory, cudaStream_t, cudaStream_t) { return cudaFree(memory); }},
+                    Forbidden{"waiting_for_the_stream", cudaErrorStreamCaptureUnsupported,
+                              [](float*, cudaStream_t origin, cudaStream_t) { return cudaStreamSynchronize(origin); }},
+                    Forbidden{"waiting_for_the_device", cudaErrorStreamCaptureUnsupported,
+                              [](float*, cudaStream_t, cudaStream_t) { return cudaDeviceSynchronize(); }},
+                    Forbidden{"pageable_upload", cudaErrorStreamCaptureUnsupported,
+                              [](float* memory, cudaStream_t origin, cudaStream_t) {
+                                return cudaMemcpyAsync(memory, &host_value, 4, cudaMemcpyHostToDevice, origin);
+                              }},
+                    Forbidden{"pageable_download", cudaErrorStreamCaptureUnsupported,
+                              [](float* memory, cudaStream_t origin, cudaStream_t) {
+                                return cudaMemcpyAsync(&host_value, memory, 4, cudaMemcpyDeviceToHost, origin);
+                              }},
+                    Forbidden{"synchronous_copy", cudaErrorStreamCaptureUnsupported,
+                              [](float* memory, cudaStream_t, cudaStream_t) {
+                                return cudaMemcpy(&host_value, memory, 4, cudaMemcpyDeviceToHost);
+                              }},
+                    Forbidden{"legacy_stream", cudaErrorStreamCaptureImplicit,
+                              [](float* memory, cudaStream_t, cudaStream_t) {
+                                return cudaMemsetAsync(memory, 0, 4, nullptr);
+                              }},
+                    Forbidden{"module", cudaErrorStreamCaptureUnsupported,
+                              [](float*, cudaStream_t, cudaStream_t) {
+                                CUmodule loaded = nullptr;
+                                return cuModuleLoadData(&loaded, ptx);
+                              }},
+                    Forbidden{"uncaptured_event", cudaErrorStreamCaptureIsolation,
+                              [](float*, cudaStream_t origin, cudaStream_t other) {
+                                cudaEvent_t event = nullptr;
+                                cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+                                cudaEventRecord(event, other);
+                                return cudaStreamWaitEvent(origin, event, 0);
+                              }},
+                    Forbidden{"waiting_for_a_captured_event", cudaErrorCapturedEvent,
+                              [](float*, cudaStream_t origin, cudaStream_t) {
+                                cudaEvent_t event = nullptr;
+                                cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+                                cudaEventRecord(event, origin);
+                                return cudaEventSynchronize(event);
+                              }},
+                    Forbidden{"cublas_handle", CUBLAS_STATUS_EXECUTION_FAILED,
+                              [](float*, cudaStream_t, cudaStream_t) {
+                                cublasHandle_t handle = nullptr;
+                                return cublasCreate_v2(&handle);
+                              }}),
+    [](const auto& forbidden) { return std::string(forbidden.param.what); });
+
+TEST_F(Captures, OfOtherThreadsForbidLess) {
+  for (int mode : {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed}) {
+    begin(mode);
+    const auto allocates = [&] {
+      void* memory = nullptr;
+      return cudaMalloc(&memory, 16);
+    };
+    int theirs = -1;
+    std::thread([&] { theirs = allocates(); }).join();
+    EXPECT_EQ(theirs, mode == cudaStreamCaptureModeGlobal ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
+    EXPECT_EQ(allocates(), mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsupported);
+    end();
+  }
+}
+
+TEST_F(Captures, EndWhereTheyBegan) {
+  EXPECT_EQ(end(), cudaErrorIllegalState);
+  EXPECT_EQ(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal), cudaErrorStreamCaptureUnsupported);
+  begin();
+  EXPECT_EQ(cudaStreamBeginCapture(origin, cudaStreamCaptureModeGlobal), cudaErrorIllegalState);
+  int theirs = -1;
+  std::thread([&] { theirs = cudaStreamEndCapture(origin, &graph); }).join();
+  EXPECT_EQ(theirs, cudaErrorStreamCaptureWrongThread);
+  EXPECT_EQ(end(), cudaSuccess);
+}
+
+TEST_F(Captures, ReplayWhatWasFreedOrUnloaded) {
+  begin();
+  ASSERT_EQ(cudaMemsetAsync(memory, 0, 4, origin), cudaSuccess);
+  ASSERT_EQ(end(), cudaSuccess);
+  const cudaGraphExec_t exec = instantiate();
+  ASSERT_EQ(cudaFree(memory), cudaSuccess);
+  ASSERT_EQ(cudaGraphLaunch(exec, origin), cudaSuccess);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorIllegalAddress);
+  expect_words(problem(), {"in no live allocation"});
+
+  SetUp();
+  begin();
+  ASSERT_EQ(add(memory, memory, 64, 1.0f, origin), cudaSuccess);
+  ASSERT_EQ(end(), cudaSuccess);
+  const cudaGraphExec_t second = instantiate();
+  ASSERT_EQ(cuModuleUnload(module_), cudaSuccess);
+  ASSERT_EQ(cudaGraphLaunch(second, origin), cudaSuccess);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorIllegalAddress);
+  expect_words(problem(), {"module was unloaded"});
+}
+
+// ---- Contexts ----------------------------------------------------------------------------------------------------
+
+TEST_F(SoftwareCuda, ContextsAreRetainedAndPushed) {
+  int number = -1;
+  CUdevice second = -1;
+  CUcontext context = nullptr, popped = nullptr;
+  EXPECT_EQ(cuDeviceGet(&second, 1), cudaSuccess);
+  EXPECT_EQ(cuDeviceGet(&second, 2), cudaErrorInvalidDevice);
+  CUmodule loaded = nullptr;
+  EXPECT_EQ(cuModuleLoadData(&loaded, ptx), cudaErrorDeviceUninitialized) << "no context is current";
+  ASSERT_EQ(cuDevicePrimaryCtxRetain(&context, second), cudaSuccess);
+  ASSERT_EQ(cuDevicePrimaryCtxRetain(&context, second), cudaSuccess);
+  EXPECT_EQ(software_cuda_live(SOFTWARE_CUDA_RETAINED_CONTEXTS), 2);
+  EXPECT_EQ(cudaGetDevice(&number), cudaSuccess);
+  EXPECT_EQ(number, 0);
+  ASSERT_EQ(cuCtxPushCurrent_v2(context), cudaSuccess);
+  EXPECT_EQ(cudaGetDevice(&number), cudaSuccess);
+  EXPECT_EQ(number, 1);
+  EXPECT_EQ(cuModuleLoadData(&loaded, ptx), cudaSuccess);
+  std::thread([&] {
+    EXPECT_EQ(cudaGetDevice(&number), cudaSuccess);
+    EXPECT_EQ(number, 0) << "each thread has its own";
+    EXPECT_EQ(cuCtxPopCurrent_v2(&popped), cudaErrorDeviceUninitialized);
+  }).join();
+  ASSERT_EQ(cuCtxPopCurrent_v2(&popped), cudaSuccess);
+  EXPECT_EQ(popped, context);
+  EXPECT_EQ(cudaGetDevice(&number), cudaSuccess);
+  EXPECT_EQ(number, 0);
+  EXPECT_EQ(cuDevicePrimaryCtxRelease_v2(second), cudaSuccess);
+  EXPECT_EQ(software_cuda_live(SOFTWARE_CUDA_MODULES), 1);
+  EXPECT_EQ(cuDevicePrimaryCtxRelease_v2(second), cudaSuccess);
+  EXPECT_EQ(software_cuda_live(SOFTWARE_CUDA_MODULES), 0) << "the last release ends the context";
+  EXPECT_EQ(cuDevicePrimaryCtxRelease_v2(second), cudaErrorDeviceUninitialized);
+  EXPECT_EQ(cuCtxPushCurrent_v2(context), cudaErrorDeviceUninitialized);
+}
+
+TEST_F(SoftwareCuda, DevicesAreApart) {
+  const CUfunction first = function("add");
+  const cudaStream_t one = stream();
+  float* memory = device(64);
+  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
+  EXPECT_EQ(cudaSetDevice(2), cudaErrorInvalidDevice);
+  Add args{memory, memory, 64, 1.0f, 0};
+  void* params[] = {&args};
+  EXPECT_EQ(cuLaunchKernel(first, 1, 1, 1, 64, 1, 1, 0, nullptr, params, nullptr), cudaErrorInvalidResourceHandle);
+  EXPECT_EQ(cudaMemsetAsync(device(1), 0, 4, one), cudaErrorInvalidResourceHandle);
+  expect_words(problem(), {"a stream of device 0, but device 1 is current"});
+  ASSERT_EQ(cuModuleLoadData(&module_, ptx), cudaSuccess);
+  CUfunction found = nullptr;
+  ASSERT_EQ(cuModuleGetFunction(&found, module_, "add"), cudaSuccess);
+  ASSERT_EQ(cuLaunchKernel(found, 1, 1, 1, 64, 1, 1, 0, nullptr, params, nullptr), cudaSuccess);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorIllegalAddress) << "the other device's memory";
+  ASSERT_EQ(cudaSetDevice(0), cudaSuccess);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess) << "each has its own errors";
+}
+
+// ---- cuBLAS ------------------------------------------------------------------------------------------------------
+
+class Products : public SoftwareCuda {
+ protected:
+  void SetUp() override {
+    SoftwareCuda::SetUp();
+    ASSERT_EQ(cublasCreate_v2(&handle), CUBLAS_STATUS_SUCCESS);
+  }
+  // 2 rows and columns of everything.
+  int multiply(const void* a, const void* b, void* c, int type = CUDA_R_32F, int c_type = CUDA_R_32F,
+               int compute = CUBLAS_COMPUTE_32F) {
+    return cublasGemmEx(handle, 0, 0, 2, 2, 2, &alpha, a, type, 2, b, type, 2, &beta, c, c_type, 2, compute, -1);
+  }
+
+  cublasHandle_t handle = nullptr;
+  float alpha = 1.0f, beta = 0.0f;
+};
+
+TEST_F(Products, AreColumnMajor) {
+  constexpr int m = 3, n = 4, k = 5, lda = 7, ldb = 8, ldc = 9;
+  std::mt19937 random(1);
+  for (int transa : {CUBLAS_OP_N, CUBLAS_OP_T})
+    for (int transb : {CUBLAS_OP_N, CUBLAS_OP_T})
+      for (double factor : {0.0, 0.5}) {
+        const auto values = [&](int count) {
+          std::vector<double> all(size_t(count), 0.0);
+          for (double& value : all) value = double(random() % 9) - 4.0;
+          return all;
+        };
+        const std::vector<double> a = values(lda * 5), b = values(ldb * 5), c = values(ldc * n);
+        double *da = device(a), *db = device(b), *dc = device(c);
+        const double scale = 2.0;
+        ASSERT_EQ(cublasGemmEx_64(handle, transa, transb, m, n, k, &scale, da, CUDA_R_64F, lda, db, CUDA_R_64F, ldb,
+                                  &factor, dc, CUDA_R_64F, ldc, CUBLAS_COMPUTE_64F, -1),
+                  CUBLAS_STATUS_SUCCESS);
+        std::vector<double> expected = c;
+        for (int i = 0; i < m; ++i)
+          for (int j = 0; j < n; ++j) {
+            double sum = 0;
+            for (int p = 0; p < k; ++p)
+              sum += (transa == CUBLAS_OP_N ? a[size_t(i + p * lda)] : a[size_t(p + i * lda)]) *
+                     (transb == CUBLAS_OP_N ? b[size_t(p + j * ldb)] : b[size_t(j + p * ldb)]);
+            double& to = expected[size_t(i + j * ldc)];
+            to = scale * sum + factor * to;
+          }
+        EXPECT_EQ(host(dc, c.size()), expected);
+      }
+}
+
+TEST_F(Products, TakeEveryPairOfTypes) {
+  const auto made = [&](int type, float value) -> void* {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    switch (type) {
+      case CUDA_R_64F:
+        return device(std::vector<double>(4, value));
+      case CUDA_R_16BF:
+        return device(std::vector<uint16_t>(4, uint16_t(bits >> 16)));
+      case CUDA_R_16F:
+        return device(std::vector<uint16_t>(4, uint16_t((bits >> 13) - (112u << 10))));
+      default:
+        return device(std::vector<float>(4, value));
+    }
+  };
+  const int all[] = {CUDA_R_32F, CUDA_R_64F, CUDA_R_16F, CUDA_R_16BF};
+  const std::set<std::vector<int>> supported = {
+      {CUBLAS_COMPUTE_64F, CUDA_R_64F, CUDA_R_64F},   {CUBLAS_COMPUTE_32F, CUDA_R_32F, CUDA_R_32F},
+      {CUBLAS_COMPUTE_32F, CUDA_R_16F, CUDA_R_16F},   {CUBLAS_COMPUTE_32F, CUDA_R_16F, CUDA_R_32F},
+      {CUBLAS_COMPUTE_32F, CUDA_R_16BF, CUDA_R_16BF}, {CUBLAS_COMPUTE_32F, CUDA_R_16BF, CUDA_R_32F},
+  };
+  const double one = 1.0, zero = 0.0;
+  for (int compute : {CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F})
+    for (int type : all)
+      for (int c_type : all) {
+        const void *a = made(type, 1.5f), *b = made(type, -2.0f);
+        void* c = made(c_type, 0.0f);
+        const bool is_double = compute == CUBLAS_COMPUTE_64F;
+        const void* first = is_double ? static_cast<const void*>(&one) : &alpha;
+        const void* second = is_double ? static_cast<const void*>(&zero) : &beta;
+        const int status =
+            cublasGemmEx(handle, 0, 0, 2, 2, 2, first, a, type, 2, b, type, 2, second, c, c_type, 2, compute, -1);
+        if (supported.count({compute, type, c_type}) == 0) {
+          EXPECT_EQ(status, CUBLAS_STATUS_NOT_SUPPORTED) << compute << " " << type << " " << c_type;
+          continue;
+        }
+        ASSERT_EQ(status, CUBLAS_STATUS_SUCCESS);
+        const size_t bytes = c_type == CUDA_R_64F ? 8 : c_type == CUDA_R_32F ? 4 : 2;
+        EXPECT_EQ(host(static_cast<char*>(c), 4 * bytes), host(static_cast<char*>(made(c_type, -6.0f)), 4 * bytes));
+      }
+}
+
+TEST_F(Products, RoundToTf32WhereAsked) {
+  const float fine = 1.0f + 1.0f / 4096;  // twelve bits
+  float *a = device(std::vector<float>(4, fine)), *b = device(std::vector<float>(4, 1.0f)), *c = device(4);
+  const auto result = [&](int compute) {
+    EXPECT_EQ(multiply(a, b, c, CUDA_R_32F, CUDA_R_32F, compute), CUBLAS_STATUS_SUCCESS);
+    return host(c, 1)[0];
+  };
+  EXPECT_EQ(result(CUBLAS_COMPUTE_32F), 2 * fine);
+  EXPECT_EQ(result(CUBLAS_COMPUTE_32F_FAST_TF32), 2.0f);
+  ASSERT_EQ(cublasSetMathMode(handle, CUBLAS_TF32_TENSOR_OP_MATH), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(result(CUBLAS_COMPUTE_32F), 2.0f);
+  EXPECT_EQ(result(CUBLAS_COMPUTE_32F_PEDANTIC), 2 * fine);
+}
+
+TEST_F(Products, ReadHostScalarsAtOnce) {
+  float *a = device(std::vector<float>(4, 1.0f)), *b = device(std::vector<float>(4, 1.0f)), *c = device(4);
+  alpha = 3.0f;
+  ASSERT_EQ(multiply(a, b, c), CUBLAS_STATUS_SUCCESS);
+  alpha = 5.0f;
+  EXPECT_EQ(host(c, 4), std::vector<float>(4, 6.0f));
+  float* scalars = device(std::vector<float>{3.0f, 0.0f});
+  const auto from = [&](const float* first, const float* second) {
+    return cublasGemmEx(handle, 0, 0, 2, 2, 2, first, a, 0, 2, b, 0, 2, second, c, 0, 2, CUBLAS_COMPUTE_32F, -1);
+  };
+  EXPECT_EQ(from(scalars, scalars + 1), CUBLAS_STATUS_INVALID_VALUE);
+  ASSERT_EQ(cublasSetPointerMode_v2(handle, CUBLAS_POINTER_MODE_DEVICE), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(from(&alpha, &beta), CUBLAS_STATUS_INVALID_VALUE);
+  ASSERT_EQ(from(scalars, scalars + 1), CUBLAS_STATUS_SUCCESS);
+  ASSERT_EQ(cudaMemset(scalars, 0, 4), cudaSuccess);
+  EXPECT_EQ(host(c, 4), std::vector<float>(4, 6.0f)) << "in stream order";
+}
+
+TEST_F(Products, ZeroFactorsReadNothing) {
+  float *nothing = device(4), *c = device(std::vector<float>(4, 3.0f));
+  alpha = 0.0f;
+  beta = 0.5f;
+  ASSERT_EQ(multiply(nothing, nothing, c), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(host(c, 4), std::vector<float>(4, 1.5f)) << "NaN in A and B";
+  float* ones = device(std::vector<float>(4, 1.0f));
+  alpha = 1.0f;
+  beta = 0.0f;
+  ASSERT_EQ(multiply(ones, ones, nothing), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(host(nothing, 4), std::vector<float>(4, 2.0f)) << "NaN in C";
+}
+
+TEST_F(Products, CheckTheirArguments) {
+  float *a = device(12), *b = device(12), *c = device(12);
+  const auto tried = [&](int transa, int transb, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
+                         int64_t ldc) {
+    return cublasGemmEx_64(handle, transa, transb, m, n, k, &alpha, a, 0, lda, b, 0, ldb, &beta, c, 0, ldc,
+                           CUBLAS_COMPUTE_32F, -1);
+  };
+  EXPECT_EQ(tried(3, 0, 2, 3, 4, 2, 4, 2), CUBLAS_STATUS_INVALID_VALUE);
+  EXPECT_EQ(tried(0, 0, -1, 3, 4, 2, 4, 2), CUBLAS_STATUS_INVALID_VALUE);
+  EXPECT_EQ(tried(0, 0, 2, 3, 4, 1, 4, 2), CUBLAS_STATUS_INVALID_VALUE);
+  EXPECT_EQ(tried(0, 0, 2, 3, 4, 2, 3, 2), CUBLAS_STATUS_INVALID_VALUE);
+  EXPECT_EQ(tried(0, 0, 2, 3, 4, 2, 4, 1), CUBLAS_STATUS_INVALID_VALUE);
+  EXPECT_EQ(tried(1, 0, 2, 3, 4, 2, 4, 2), CUBLAS_STATUS_INVALID_VALUE) << "transposed, A has k rows";
+  EXPECT_EQ(tried(0, 1, 2, 3, 4, 2, 2, 2), CUBLAS_STATUS_INVALID_VALUE) << "transposed, B has n rows";
+  EXPECT_EQ(tried(0, 0, 0, 3, 4, 1, 4, 1), CUBLAS_STATUS_SUCCESS) << "of no rows";
+  EXPECT_EQ(tried(0, 0, 2, 3, 4, 2, 4, 2), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  EXPECT_EQ(tried(0, 0, 2, 3, 4, 5, 4, 2), CUBLAS_STATUS_SUCCESS) << "an error comes later";
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorIllegalAddress);
+  expect_words(problem(), {"cublasGemmEx_64: A, 68 bytes", "an allocation of 48", "past its end"});
+  EXPECT_EQ(tried(0, 0, 2, 3, 4, 2, 4, 2), CUBLAS_STATUS_EXECUTION_FAILED);
+}
+
+TEST_F(Products, SpoilTheWorkspace) {
+  float *a = device(std::vector<float>(4, 1.0f)), *c = device(4);
+  constexpr size_t bytes = 1 << 16;
+  char* workspace = device(std::vector<char>(bytes, 'a'));
+  EXPECT_EQ(cublasSetWorkspace_v2(handle, workspace + 64, 1024), CUBLAS_STATUS_INVALID_VALUE);
+  EXPECT_EQ(cublasSetWorkspace_v2(handle, workspace, bytes + 1), CUBLAS_STATUS_INVALID_VALUE);
+  ASSERT_EQ(cublasSetWorkspace_v2(handle, workspace, bytes), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(multiply(workspace, a, c), CUBLAS_STATUS_INVALID_VALUE) << "an operand in the workspace";
+  ASSERT_EQ(multiply(a, a, c), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(host(workspace, bytes), std::vector<char>(bytes, char(0xff)));
+
+  ASSERT_EQ(cudaMemset(workspace, 'b', bytes), cudaSuccess);
+  ASSERT_EQ(cublasSetStream_v2(handle, nullptr), CUBLAS_STATUS_SUCCESS);
+  ASSERT_EQ(multiply(a, a, c), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(host(workspace, bytes), std::vector<char>(bytes, 'b')) << "taken back with the stream";
+
+  ASSERT_EQ(cublasSetWorkspace_v2(handle, workspace, bytes), CUBLAS_STATUS_SUCCESS);
+  ASSERT_EQ(cudaFree(workspace), cudaSuccess);
+  ASSERT_EQ(multiply(a, a, c), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorIllegalAddress);
+  expect_words(problem(), {"the workspace"});
+}
+
+TEST_F(Products, BelongToAContextAndAStream) {
+  float *a = device(std::vector<float>(4, 1.0f)), *c = device(4);
+  const cudaStream_t one = stream();
+  ASSERT_EQ(cublasSetStream_v2(handle, one), CUBLAS_STATUS_SUCCESS);
+  ASSERT_EQ(cudaStreamDestroy(one), cudaSuccess);
+  EXPECT_EQ(multiply(a, a, c), CUBLAS_STATUS_EXECUTION_FAILED) << "a stream that was destroyed";
+  ASSERT_EQ(cublasSetStream_v2(handle, nullptr), CUBLAS_STATUS_SUCCESS);
+  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
+  EXPECT_EQ(multiply(a, a, c), CUBLAS_STATUS_EXECUTION_FAILED);
+  expect_words(problem(), {"the handle is of device 0"});
+  ASSERT_EQ(cudaSetDevice(0), cudaSuccess);
+  EXPECT_EQ(multiply(a, a, c), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(software_cuda_live(SOFTWARE_CUDA_HANDLES), 1);
+  EXPECT_EQ(cublasDestroy_v2(handle), CUBLAS_STATUS_SUCCESS);
+  EXPECT_EQ(software_cuda_live(SOFTWARE_CUDA_HANDLES), 0);
+  EXPECT_EQ(multiply(a, a, c), CUBLAS_STATUS_NOT_INITIALIZED);
+}
+
+TEST_F(Products, OfOneHandleComeFromOneThread) {
+  float *a = device(std::vector<float>(4, 1.0f)), *c = device(4);
+  std::atomic<int> refused{0};
+  const auto work = [&] {
+    for (int i = 0; i < 20000 && refused == 0; ++i)
+      if (multiply(a, a, c) == CUBLAS_STATUS_INTERNAL_ERROR) ++refused;
+  };
+  std::thread one(work), two(work);
+  one.join();
+  two.join();
+  EXPECT_GT(refused, 0);
+}
+
+// ---- Faults ------------------------------------------------------------------------------------------------------
+
+TEST_F(SoftwareCuda, TheNthCallFailsOnce) {
+  float* memory = device(64);
+  function("add");
+  const int64_t before = software_cuda_calls(), launches = software_cuda_calls_of("cuLaunchKernel");
+  software_cuda_fail_call(3);
+  EXPECT_EQ(cudaMemset(memory, 0, 256), cudaSuccess);
+  EXPECT_STREQ(cudaGetErrorName(700), "cudaErrorIllegalAddress") << "does not count";
+  EXPECT_STREQ(software_cuda_failed_call(), "");
+  EXPECT_EQ(add(memory, memory, 64, 1.0f), cudaErrorLaunchOutOfResources);
+  EXPECT_STREQ(software_cuda_failed_call(), "cuLaunchKernel");
+  EXPECT_EQ(software_cuda_calls(), before + 3);
+  EXPECT_EQ(software_cuda_calls_of("cuLaunchKernel"), launches + 1);
+  EXPECT_EQ(host(memory, 64), std::vector<float>(64, 0.0f)) << "it did nothing";
+  EXPECT_EQ(add(memory, memory, 64, 1.0f), cudaSuccess) << "once";
+  EXPECT_EQ(host(memory, 64), std::vector<float>(64, 1.0f));
+}
+
+TEST_F(SoftwareCuda, NothingOutlivesAFork) {
+  float* memory = device(64);
+  const pid_t child = fork();
+  if (child == 0) {
+    void* other = nullptr;
+    _exit(cudaMalloc(&other, 16) == cudaErrorInitializationError && cudaFree(memory) == cudaErrorInitializationError
+              ? 0
+              : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(cudaMemset(memory, 0, 256), cudaSuccess);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+TEST_F(SoftwareCuda, EntryPointsHaveBaseNames) {
+  void* found = nullptr;
+  int status = -1;
+  EXPECT_EQ(cudaGetDriverEntryPoint("cuCtxPushCurrent", &found, 0, &status), cudaSuccess);
+  EXPECT_EQ(found, reinterpret_cast<void*>(cuCtxPushCurrent_v2));
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(cudaGetDriverEntryPoint("cuCtxPushCurrent_v2", &found, 0, &status), cudaSuccess);
+  EXPECT_EQ(found, nullptr);
+  EXPECT_EQ(status, 1);
+}
+
+// What the library takes by its folder is what the tests link.
+TEST_F(SoftwareCuda, IsOneInstance) {
+  Dl_info cudart{}, cublas{};
+  ASSERT_NE(dladdr(reinterpret_cast<void*>(cudaMalloc), &cudart), 0);
+  ASSERT_NE(dladdr(reinterpret_cast<void*>(cublasCreate_v2), &cublas), 0);
+  const std::string runtime = cudart.dli_fname, blas = cublas.dli_fname;
+  EXPECT_EQ(runtime.substr(runtime.rfind('/')), "/libcudart.so.13");
+  EXPECT_EQ(blas.substr(blas.rfind('/')), "/libcublas.so.13");
+  void* opened = dlopen(runtime.c_str(), RTLD_NOW | RTLD_LOCAL);
+  ASSERT_NE(opened, nullptr);
+  EXPECT_EQ(dlsym(opened, "cudaMalloc"), reinterpret_cast<void*>(cudaMalloc));
+  opened = dlopen("libcublas.so.13", RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
+  ASSERT_NE(opened, nullptr);
+  EXPECT_EQ(dlsym(opened, "cublasCreate_v2"), reinterpret_cast<void*>(cublasCreate_v2));
 }
 
 }  // namespace
