@@ -767,7 +767,8 @@ TEST_F(Products, TakeEveryPairOfTypes) {
       case CUDA_R_16BF:
         return device(std::vector<uint16_t>(4, uint16_t(bits >> 16)));
       case CUDA_R_16F:
-        return device(std::vector<uint16_t>(4, uint16_t((bits >> 13) - (112u << 10))));
+        return device(
+            std::vector<uint16_t>(4, uint16_t((bits >> 16 & 0x8000u) | (((bits & 0x7fffffffu) >> 13) - (112u << 10)))));
       default:
         return device(std::vector<float>(4, value));
     }
