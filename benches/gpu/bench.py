@@ -123,7 +123,7 @@ def main() -> int:
     copy = timer.copy_bytes_per_ms()
     print(f"copy: {copy / 1e9:.3f} TB/s", flush=True)
     rows = measure(timer, (PASSES, UPDATES, SIZES) if timer.on_cuda else TINY, copy)
-    result = {**describe(timer), "copy_tb_s": copy / 1e9, "rows": rows}
+    result = {**describe(timer), "copy_tb_s": copy / 1e9, "rows": rows, "notes": timer.notes}
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if any("error" in row for row in rows) else 0

@@ -8,7 +8,7 @@ import adalora
 import torch
 from adalora.torch import Part, svd_linear
 from adalora.torch.functional import context
-from timing import Timer, Work
+from timing import Timer
 from torch import Tensor, nn
 
 ALPHA = 32
@@ -199,11 +199,8 @@ def compare(shape: Shape, timer: Timer, peft: Any) -> dict[str, dict[str, float]
     sides["lora"] = Lora(inputs)
     times = {}
     for operation in ("forward", "forward_backward"):
-        works: dict[str, Work] = {}
-        for name, side in sides.items():
-            works[name] = getattr(side, operation)
-            works[f"{name}_graph"] = timer.captured(works[name])
-        times[operation] = timer.medians(works)
+        works = {name: getattr(side, operation) for name, side in sides.items()}
+        times[operation] = timer.medians(works | timer.graphs(works))
     return times
 
 

@@ -55,7 +55,7 @@ def row_text(row: dict[str, Any]) -> str:
     shape += f", width {row['width']}, rank {row['rank']}"
     if row["operation"].startswith("forward"):
         shape = f"[{row['tokens']}, {row['width']}, {row['rank']}]"
-    if "error" in row:
+    if "error" in row or "c_graph" not in row["ms"]:
         return f"| `{row['operation']}` | {shape} | failed |  |  |  |  |  |"
     ms = row["ms"]
     ours, torch = ms["c_graph"], ms["torch"]

@@ -26,6 +26,8 @@ class Timer:
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds = device, seconds
         self.on_cuda = device.type == "cuda"
+        self.notes: list[str] = []
+        """What could not be captured."""
         size = FLUSHED_BYTES if self.on_cuda else 1
         self._flushed = torch.zeros(size, dtype=torch.uint8, device=device)
 
@@ -34,10 +36,23 @@ class Timer:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
-    def captured(self, work: Work) -> Work:
-        """The same work as a CUDA graph that is launched; on the CPU the work itself."""
+    def graphs(self, works: dict[str, Work]) -> dict[str, Work]:
+        """The same works as CUDA graphs, under names that end in `_graph`; on the CPU the works themselves.
+
+        What cannot be captured is left out, and noted.
+        """
         if not self.on_cuda:
-            return work
+            return {f"{name}_graph": work for name, work in works.items()}
+        found = {}
+        for name, work in works.items():
+            try:
+                found[f"{name}_graph"] = self._captured(work)
+            except Exception as error:
+                self.notes.append(f"{name}: cannot be captured: {type(error).__name__}: {error}")
+                print(self.notes[-1], flush=True)
+        return found
+
+    def _captured(self, work: Work) -> Work:
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):

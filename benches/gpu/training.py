@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -100,13 +101,13 @@ class OverTorch(update.OverTorch):
         super().__init__(stack, rank, TARGETS, SCHEDULE)
         self.x, self.target = x, target
 
-    def train(self) -> Tensor:
-        """One step; returns the loss."""
+    def train(self, set_to_none: bool = True) -> Tensor:
+        """One step; returns the loss. In a graph, gradients are zeroed where they are."""
         loss = self.model(self.x, self.target).loss
         loss.backward()
         self.orthogonality()
         self.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none)
         return loss
 
 
@@ -152,7 +153,9 @@ def compare(size: Size, timer: Timer, peft: Any) -> dict[str, float]:
     def repeated(work: Any) -> Any:
         return lambda: [work() for _ in range(STEPS)]
 
-    works = {"c_graph": repeated(timer.captured(graph.step)), "torch": repeated(ours.train)}
+    captured = OverTorch(stack, size.rank, x, target)
+    graphs = timer.graphs({"c": graph.step, "torch": functools.partial(captured.train, set_to_none=False)})
+    works = {name: repeated(work) for name, work in graphs.items()} | {"torch": repeated(ours.train)}
     if other is not None:
         works["peft"] = repeated(other.train)
     return {name: time / STEPS for name, time in timer.medians(works).items()}

@@ -43,13 +43,13 @@ def measured(library: adalora.Library, tmp_path_factory: pytest.TempPathFactory)
 def test_the_benchmark_times_every_operation_on_all_sides(measured: dict) -> None:
     sides = {row["operation"]: set(row["ms"]) for row in measured["rows"]}
     passes = {f"{side}{how}" for side in ("c", "torch", "peft", "lora") for how in ("", "_graph")}
-    update = {"c", "c_graph", "torch", "peft"}
+    update = {"c", "c_graph", "torch", "torch_graph", "peft"}
     assert sides == {
         "forward": passes,
         "forward_backward": passes,
         "orthogonality": update,
         "step": update,
-        "training_step": {"c_graph", "torch", "peft"},
+        "training_step": {"c_graph", "torch", "torch_graph", "peft"},
     }
     assert all(ms > 0 for row in measured["rows"] for ms in row["ms"].values())
 
