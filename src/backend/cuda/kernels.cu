@@ -697,8 +697,9 @@ struct WeightDelta {
   int64_t rows, columns, rank;
   int64_t across_feature, across_triplet, along_feature, along_triplet;  // elements from one to the next
   int64_t column_tiles;
-  int32_t w_dtype, dtype, is_double;
+  int32_t w_dtype, dtype;
   int32_t combine;  // 0: overwrite, 1: add, 2: subtract
+  int32_t reserved;
 };
 static_assert(sizeof(WeightDelta) == 144, "as in weight.rs");
 
@@ -770,14 +771,16 @@ __device__ inline void delta(const WeightDelta& args, T (*c)[DELTA_ROWS], T (*p)
 
 }  // namespace
 
-KERNEL(weight_delta, WeightDelta) {
+KERNEL(weight_delta_float32, WeightDelta) {
+  __shared__ float across[DELTA_DEPTH][DELTA_ROWS];
+  __shared__ float along[DELTA_DEPTH][DELTA_COLUMNS];
+  delta(args, across, along);
+}
+
+KERNEL(weight_delta_float64, WeightDelta) {
   __shared__ double across[DELTA_DEPTH][DELTA_ROWS];
   __shared__ double along[DELTA_DEPTH][DELTA_COLUMNS];
-  if (args.is_double)
-    delta<double>(args, across, along);
-  else
-    delta<float>(args, reinterpret_cast<float(*)[DELTA_ROWS]>(across),
-                 reinterpret_cast<float(*)[DELTA_COLUMNS]>(along));
+  delta(args, across, along);
 }
 
 // What unscales and clips gradients, as src/optimizer.rs has it.

@@ -55,8 +55,8 @@ struct WeightDelta {
     column_tiles: i64,
     w_dtype: i32,
     dtype: i32,
-    is_double: i32,
     combine: i32,
+    reserved: i32,
 }
 
 #[derive(Clone, Copy)]
@@ -186,16 +186,20 @@ pub(super) fn delta(
         column_tiles: column_tiles as i64,
         w_dtype: code(w.dtype),
         dtype: code(a.dtype),
-        is_double: i32::from(geometry.compute_dtype() == Dtype::Float64),
         combine: match combine {
             Combine::Overwrite => 0,
             Combine::Add => 1,
             Combine::Subtract => 2,
         },
+        reserved: 0,
+    };
+    let kernel = match geometry.compute_dtype() {
+        Dtype::Float64 => Kernel::WeightDeltaFloat64,
+        _ => Kernel::WeightDeltaFloat32,
     };
     let blocks = w.rows.div_ceil(ROWS) * column_tiles;
     device
-        .enter(stream, |session| session.launch(Kernel::WeightDelta, blocks, THREADS as u32, &args))
+        .enter(stream, |session| session.launch(kernel, blocks, THREADS as u32, &args))
         .map_err(|e| undefined(e, "w"))
 }
 
