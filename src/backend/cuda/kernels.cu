@@ -754,8 +754,8 @@ __device__ inline void delta(const WeightDelta& args, T (*c)[DELTA_ROWS], T (*p)
       p[k][f] = value;
     }
     __syncthreads();
-    const int32_t depth = args.rank - first < DELTA_DEPTH ? int32_t(args.rank - first) : DELTA_DEPTH;
-    for (int32_t k = 0; k < depth; ++k)
+    // Zeros stand where there is no triplet.
+    for (int32_t k = 0; k < DELTA_DEPTH; ++k)
       UNROLL for (int32_t i = 0; i < 4; ++i)
         UNROLL for (int32_t j = 0; j < 4; ++j) sum[i][j] += c[k][4 * y + i] * p[k][32 * j + x];
     __syncthreads();

@@ -198,9 +198,7 @@ pub(super) fn delta(
         _ => Kernel::WeightDeltaFloat32,
     };
     let blocks = w.rows.div_ceil(ROWS) * column_tiles;
-    device
-        .enter(stream, |session| session.launch(kernel, blocks, THREADS as u32, &args))
-        .map_err(|e| undefined(e, "w"))
+    device.enter(stream, |session| session.launch(kernel, blocks, THREADS as u32, &args)).map_err(|e| undefined(e, "w"))
 }
 
 /// Copies a matrix to another of the same shape and type.
