@@ -14,6 +14,7 @@ mod adapters;
 mod allocators;
 mod binding;
 mod checkpoints;
+mod compaction;
 mod contexts;
 mod memory;
 mod passes;
@@ -149,6 +150,7 @@ enum Kind {
     ReadSync,
     SetPattern,
     SetAdamSteps,
+    Compact,
     Save,
     Load,
     WriteCheckpoint,
@@ -182,7 +184,7 @@ fn op() -> impl Strategy<Value = Op> {
         vec![Update; 4],
         vec![Select; 4],
         vec![Step; 8],
-        vec![Finalize, Reset, SetPattern, SetPattern, SetAdamSteps, Save, Load, Load],
+        vec![Finalize, Reset, SetPattern, SetPattern, SetAdamSteps, Compact, Compact, Compact, Save, Load, Load],
         vec![
             WriteCheckpoint,
             OpenCheckpoint,
@@ -375,6 +377,7 @@ impl World {
             Kind::ReadSync => self.read_sync(c, w),
             Kind::SetPattern => self.set_pattern(c, w),
             Kind::SetAdamSteps => self.set_adam_steps(c, w),
+            Kind::Compact => self.compact(c, w),
             Kind::Save => self.save(c, w),
             Kind::Load => self.load(c, w),
             Kind::WriteCheckpoint => self.write_checkpoint(c, w),

@@ -123,8 +123,11 @@ impl Model {
             ));
         }
         let layout = Layout::new(geometries.len(), triplets).ok_or_else(too_many)?;
+        let is_compacted = geometries.iter().any(|g| g.rank < g.ranknum);
         let digest = geometries.iter().fold(Fnv::default(), |hash, g| {
-            [g.rank, g.input.whole, g.output.whole].iter().fold(hash, |hash, n| hash.number(*n as u64))
+            let ranknum = is_compacted.then_some(g.ranknum);
+            let numbers = [g.rank, g.input.whole, g.output.whole].into_iter().chain(ranknum);
+            numbers.fold(hash, |hash, n| hash.number(n as u64))
         });
         let schedule = Schedule {
             initial,
@@ -134,7 +137,7 @@ impl Model {
             delta_t: config.delta_t,
         };
         Ok(Self {
-            is_compacted: geometries.iter().any(|g| g.rank < g.ranknum),
+            is_compacted,
             geometries,
             offsets,
             unit: config.unit,

@@ -15,6 +15,8 @@ pub(super) struct Geometry {
     pub(super) input: i64,
     pub(super) output: i64,
     pub(super) rank: i64,
+    /// Its rank at creation: more where it was compacted.
+    pub(super) ranknum: i64,
     pub(super) dropout: f64,
     pub(super) param: DtypeCode,
     pub(super) activation: DtypeCode,
@@ -67,7 +69,8 @@ fn some_geometry(c: &mut Choices) -> Geometry {
     };
     let dropout = if c.chance(65) { 0.0 } else { c.pick(&[0.1, 0.5, 0.999]) };
     let rank = c.pick(&[0, 1, 1, 2, 3, 4, 5, 8, 16, 17]);
-    Geometry { input, output, rank, dropout, param, activation, in_local, in_begin, out_local, out_begin }
+    let ranknum = rank + if c.chance(90) { 0 } else { c.pick(&[1, 2, 7]) };
+    Geometry { input, output, rank, ranknum, dropout, param, activation, in_local, in_begin, out_local, out_begin }
 }
 
 /// A descriptor of geometry that says the same in one of several ways.
@@ -88,7 +91,7 @@ fn descriptor(g: &Geometry, c: &mut Choices) -> AdapterDesc {
         in_begin: g.in_begin,
         out_local: explicit(g.output, g.out_local, c),
         out_begin: g.out_begin,
-        ranknum: c.pick(&[0, g.rank]),
+        ranknum: if g.ranknum == g.rank { c.pick(&[0, g.rank]) } else { g.ranknum },
     }
 }
 
@@ -280,6 +283,17 @@ impl World {
                 g.param = s.param;
             }
         }
+        self.make_adapter(context, g, c, w)
+    }
+
+    pub(super) fn make_adapter(
+        &mut self,
+        context: usize,
+        g: Geometry,
+        c: &mut Choices,
+        w: Option<&mut Choices>,
+    ) -> Outcome {
+        let id = self.contexts[context].id;
         let mut d = descriptor(&g, c);
         let mut expect = Expect::default();
         let (mut sizes, mut null, mut no_slot, mut no_context) = (None, false, false, false);

@@ -10,17 +10,30 @@ use crate::abi::status::*;
 use crate::abi::types::*;
 use std::ffi::c_void;
 use std::mem::{MaybeUninit, offset_of};
+use std::ops::Range;
 use std::ptr::NonNull;
 
 /// An allocator of the caller's, and what the caller knows of it.
 pub(super) struct Allocator {
+    pub(super) context: u64,
     pub(super) handle: *mut Handle,
+    pub(super) d: AllocatorDesc,
     pub(super) geos: Vec<Geometry>,
     pub(super) sharded: bool,
     pub(super) bound: Option<Bound>,
     /// What the last look at it showed; nothing where a new run began since.
     pub(super) seen: Option<Seen>,
     schedule: Schedule,
+}
+
+/// What is wrong with a descriptor, a handle or a place for one.
+#[derive(Default)]
+pub(super) struct Wrong {
+    size: Option<usize>,
+    null: bool,
+    no_slot: bool,
+    no_context: bool,
+    no_adapters: bool,
 }
 
 /// The schedule, as the header states it.
@@ -35,6 +48,17 @@ struct Schedule {
 }
 
 impl Schedule {
+    fn new(geos: &[Geometry], d: &AllocatorDesc) -> Self {
+        Self {
+            in_parameters: d.budget_unit == ADALORA_BUDGET_PARAMETERS,
+            initial: geos.iter().map(|g| g.ranknum * cost(g, d.budget_unit)).sum(),
+            target: geos.iter().map(|g| d.target_rank * cost(g, d.budget_unit)).sum(),
+            tinit: d.tinit,
+            end: d.total_step - d.tfinal,
+            delta_t: d.delta_t,
+        }
+    }
+
     fn at(&self, step: i64) -> (i64, bool) {
         if step <= self.tinit {
             (self.initial, false)
@@ -48,10 +72,20 @@ impl Schedule {
     }
 }
 
+fn cost(g: &Geometry, budget_unit: i32) -> i64 {
+    if budget_unit == ADALORA_BUDGET_PARAMETERS { g.cost() } else { 1 }
+}
+
+/// The highest target rank whose budget is at most the initial one.
+pub(super) fn highest_target(geos: &[Geometry], budget_unit: i32) -> i64 {
+    let initial: i64 = geos.iter().map(|g| g.ranknum * cost(g, budget_unit)).sum();
+    initial / geos.iter().map(|g| cost(g, budget_unit)).sum::<i64>()
+}
+
 /// What a look at an allocator showed.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Seen {
-    pattern: Vec<u8>,
+    pub(super) pattern: Vec<u8>,
     adam_steps: Vec<i64>,
     last_step: i64,
     skipped: i64,
@@ -67,15 +101,20 @@ impl Allocator {
         self.geos.iter().map(|g| g.rank as usize).sum()
     }
 
-    fn is_final(&self) -> bool {
+    pub(super) fn is_final(&self) -> bool {
         self.seen.as_ref().is_some_and(|s| s.is_final)
     }
 
-    fn pieces(&self) -> Vec<Piece> {
+    /// Whether an adapter was compacted.
+    fn is_compacted(&self) -> bool {
+        self.geos.iter().any(|g| g.rank < g.ranknum)
+    }
+
+    pub(super) fn pieces(&self) -> Vec<Piece> {
         self.bound.as_ref().map_or_else(Vec::new, |b| b.pieces.clone())
     }
 
-    fn first_triplet(&self, adapter: usize) -> usize {
+    pub(super) fn first_triplet(&self, adapter: usize) -> usize {
         self.geos[..adapter].iter().map(|g| g.rank as usize).sum()
     }
 
@@ -104,8 +143,53 @@ impl Allocator {
         }
     }
 
+    /// Those of the elements of a piece's matrix that belong to kept triplets.
+    pub(super) fn kept_elements(&self, p: &Piece, kept: &[u8], elements: Range<usize>) -> Vec<usize> {
+        let (g, first) = (&self.geos[p.adapter], self.first_triplet(p.adapter));
+        let triplet = |element: usize| match p.matrix {
+            ADALORA_MATRIX_A => element / g.input as usize,
+            ADALORA_MATRIX_E => element,
+            _ => element % g.rank as usize,
+        };
+        elements.filter(|e| kept[first + triplet(*e)] != 0).collect()
+    }
+
+    /// What setting a pattern may write.
+    pub(super) fn pattern_writes(&self, kept: &[u8], is_final: i32) -> Writes {
+        let mut writes = self.own_writes();
+        self.masked_writes(Some(kept), &mut writes);
+        if is_final == 1 {
+            self.averages().for_each(|(place, bytes)| writes.bytes(place, bytes));
+        }
+        writes
+    }
+
     fn averages(&self) -> impl Iterator<Item = (Place, usize)> {
         self.pieces().into_iter().flat_map(|p| [(p.averages.0, p.state_bytes()), (p.averages.1, p.state_bytes())])
+    }
+
+    /// Whether a state's bytes are of these adapters, or of these before their compaction.
+    fn takes(&self, bytes: &[u8]) -> bool {
+        let number = |at: usize| i64::from_le_bytes(std::array::from_fn(|k| bytes[at + k]));
+        let n = self.geos.len();
+        if number(16) != n as i64 {
+            return false;
+        }
+        let shape = |k: usize| [0, 1, 2].map(|field| number(24 + 24 * k + 8 * field));
+        let of = |(k, g): (usize, &Geometry)| {
+            let [rank, input, output] = shape(k);
+            (g.rank..=g.ranknum).contains(&rank) && (input, output) == (g.input, g.output)
+        };
+        if !self.geos.iter().enumerate().all(of) {
+            return false;
+        }
+        let mut pattern = &bytes[counters_of(n) + 8 * (6 + n)..bytes.len() - 8];
+        let keeps_these = self.geos.iter().enumerate().all(|(k, g)| {
+            let (own, rest) = pattern.split_at(shape(k)[0] as usize);
+            pattern = rest;
+            own.len() as i64 == g.rank || own.iter().filter(|kept| **kept == 1).count() as i64 == g.rank
+        });
+        !self.is_compacted() || (number(counters_of(n) + 40) == 3 && keeps_these)
     }
 
     /// The triplets that stay within a budget: highest scores first, then lower numbers.
@@ -152,11 +236,9 @@ impl World {
         own.truncate(wanted);
         let geos: Vec<Geometry> = own.iter().map(|i| self.adapters[*i].g).collect();
         let mut handles: Vec<*const Adapter> = own.iter().map(|i| self.adapters[*i].handle.cast_const()).collect();
-        let in_parameters = c.chance(35);
-        let cost = |g: &Geometry| if in_parameters { g.cost() } else { 1 };
-        let initial: i64 = geos.iter().map(|g| g.rank * cost(g)).sum();
-        let one: i64 = geos.iter().map(cost).sum();
-        let target_rank = c.below((initial / one) as usize + 1) as i64;
+        let budget_unit = if c.chance(35) { ADALORA_BUDGET_PARAMETERS } else { c.pick(&[0, ADALORA_BUDGET_TRIPLETS]) };
+        let highest = highest_target(&geos, budget_unit);
+        let target_rank = c.below(highest as usize + 1) as i64;
         let total_step = 1 + c.below(20) as i64;
         let tfinal = c.below(total_step as usize) as i64;
         let tinit = c.below((total_step - tfinal) as usize) as i64;
@@ -171,27 +253,19 @@ impl World {
             delta_t: c.pick(&[1, 1, 2, 3, 100]),
             beta1: c.pick(&[0.85, 0.5, 1e-9, 0.999_999_999]),
             beta2: c.pick(&[0.85, 0.5, 1e-9]),
-            budget_unit: if in_parameters { ADALORA_BUDGET_PARAMETERS } else { c.pick(&[0, ADALORA_BUDGET_TRIPLETS]) },
+            budget_unit,
             sharded: i32::from(c.chance(30)),
         };
-        let schedule = Schedule {
-            in_parameters,
-            initial,
-            target: target_rank * one,
-            tinit,
-            end: total_step - tfinal,
-            delta_t: d.delta_t,
-        };
         let mut expect = Expect::default();
-        let (mut spoiled, mut null, mut no_slot, mut no_context, mut no_adapters) = (None, false, false, false, false);
+        let mut wrong = Wrong::default();
         if let Some(w) = w {
             let i = w.below(wanted);
             match w.below(22) {
-                0 => (spoiled, ()) = (Some(0), ()),
-                1 => (null, ()) = (true, expect.argument("desc")),
-                2 => (no_slot, ()) = (true, expect.argument("allocator")),
-                3 => (no_context, ()) = (true, expect.handle("context")),
-                4 => (no_adapters, ()) = (true, expect.argument("desc.adapters")),
+                0 => wrong.size = Some(0),
+                1 => (wrong.null, ()) = (true, expect.argument("desc")),
+                2 => (wrong.no_slot, ()) = (true, expect.argument("allocator")),
+                3 => (wrong.no_context, ()) = (true, expect.handle("context")),
+                4 => (wrong.no_adapters, ()) = (true, expect.argument("desc.adapters")),
                 5 => {
                     handles[i] = self.adapter_handle(own[i], true, w);
                     expect.handle(format!("desc.adapters[{i}]"));
@@ -206,7 +280,7 @@ impl World {
                     (d.n_adapters, ()) = (w.pick(&[0, -1, (1 << 24) + 1, i64::MAX]), expect.argument("desc.n_adapters"))
                 }
                 8 | 9 => {
-                    d.target_rank = w.pick(&[initial / one + 1, -1, i64::MAX, i64::MIN, 1 << 50]);
+                    d.target_rank = w.pick(&[highest + 1, -1, i64::MAX, i64::MIN, 1 << 50]);
                     expect.argument("desc.target_rank");
                 }
                 10 | 11 => {
@@ -222,30 +296,53 @@ impl World {
                 _ => (d.sharded, ()) = (w.pick(&[2, -1]), expect.argument("desc.sharded")),
             }
         }
+        self.make_allocator(context, (&geos, &handles), d, wrong, expect, c).map(drop)
+    }
+
+    /// The call; whether it succeeded.
+    pub(super) fn make_allocator(
+        &mut self,
+        context: usize,
+        (geos, handles): (&[Geometry], &[*const Adapter]),
+        mut d: AllocatorDesc,
+        wrong: Wrong,
+        mut expect: Expect,
+        c: &mut Choices,
+    ) -> Result<bool, String> {
         let addresses: Vec<u8> = handles.iter().flat_map(|h| (h.addr()).to_le_bytes()).collect();
         let list = self.memory.private(addresses.len(), 8, c);
         self.memory.write(list, &addresses);
-        if !no_adapters {
-            d.adapters = self.memory.pointer(list);
-        }
+        d.adapters = if wrong.no_adapters { std::ptr::null() } else { self.memory.pointer(list) };
         let minimum = offset_of!(AllocatorDesc, beta2) + 8;
-        let (place, _, wrong) = self.memory.descriptors(&[bytes_of(&d)], minimum, spoiled, c);
-        if spoiled.is_some() {
-            expect.argument(format!("desc{wrong}"));
+        let (place, _, name) = self.memory.descriptors(&[bytes_of(&d)], minimum, wrong.size, c);
+        if wrong.size.is_some() {
+            expect.argument(format!("desc{name}"));
         }
-        let desc = if null { std::ptr::null() } else { self.memory.pointer::<AllocatorDesc>(place).cast_const() };
+        let desc = if wrong.null { std::ptr::null() } else { self.memory.pointer::<AllocatorDesc>(place).cast_const() };
         let slot = self.slot(c);
         let to = self.memory.pointer::<MaybeUninit<*mut Handle>>(slot);
-        let out = (!no_slot).then_some(to);
-        let handle = self.context_handle(context, no_context, c);
+        let out = (!wrong.no_slot).then_some(to);
+        let id = self.contexts[context].id;
+        let handle = self.context_handle(context, wrong.no_context, c);
         let mut writes = Writes::default();
         writes.bytes(slot, 8);
-        if call!(self, expect, writes, adalora_allocator_create(handle, desc, out.map(|to| &mut *to)))? {
+        let made = call!(self, expect, writes, adalora_allocator_create(handle, desc, out.map(|to| &mut *to)))?;
+        if made {
             let handle = self.handle_at(slot);
-            let sharded = d.sharded == 1;
-            self.allocators.push(Allocator { handle, geos, sharded, bound: None, seen: None, schedule });
+            let (sharded, geos) = (d.sharded == 1, geos.to_vec());
+            let schedule = Schedule::new(&geos, &d);
+            self.allocators.push(Allocator {
+                context: id,
+                handle,
+                d,
+                geos,
+                sharded,
+                bound: None,
+                seen: None,
+                schedule,
+            });
         }
-        Ok(())
+        Ok(made)
     }
 
     /// The handle, or, where it is to be spoilt, null or a handle of another kind.
@@ -353,7 +450,7 @@ impl World {
     }
 
     /// An allocator for a call, its handle, spoilt now and then, and whether it has buffers.
-    fn target(
+    pub(super) fn target(
         &mut self,
         expect: &mut Expect,
         c: &mut Choices,
@@ -763,7 +860,8 @@ impl World {
         let a = &self.allocators[i];
         let seen = a.seen.as_ref().ok_or("nothing seen")?;
         if expected.pattern.is_empty() {
-            let (kept, budget) = (seen.pattern.iter().map(|k| i64::from(*k)).sum::<i64>(), a.schedule.at(t).0);
+            let kept = seen.pattern.iter().map(|k| i64::from(*k)).sum::<i64>();
+            let budget = a.schedule.at(t).0.min(a.triplets() as i64);
             ensure!(a.schedule.in_parameters || kept == budget, "{kept} triplets kept, budget {budget}");
             expected.pattern.clone_from(&seen.pattern);
         }
@@ -928,8 +1026,9 @@ impl World {
                 }
             }
             let seen = self.allocators[i].seen.as_ref().ok_or("nothing seen")?;
-            let fresh =
-                !seen.has_pattern && seen.last_step == -1 && seen.selections + seen.skipped + seen.irregular == 0;
+            let fresh = seen.has_pattern == self.allocators[i].is_compacted()
+                && seen.last_step == -1
+                && seen.selections + seen.skipped + seen.irregular == 0;
             ensure!(fresh && seen.adam_steps.iter().all(|n| *n == 0), "after the reset: {seen:?}");
         }
         Ok(())
@@ -1063,6 +1162,7 @@ impl World {
         ensure!(field(6) == kept && field(7) == parameters, "live {} and {}: {seen:?}", field(6), field(7));
         ensure!(seen.has_pattern || kept == triplets as i64, "masked without a pattern: {seen:?}");
         ensure!(seen.has_pattern || !seen.is_final, "final without a pattern: {seen:?}");
+        ensure!(seen.is_final || !a.is_compacted(), "compacted, and the pattern is not final: {seen:?}");
         let counters = [seen.skipped, seen.irregular, seen.selections];
         ensure!(counters.iter().chain(&seen.adam_steps).all(|n| *n >= 0), "a counter below 0: {seen:?}");
         if let Some(old) = &a.seen {
@@ -1084,12 +1184,7 @@ impl World {
         let place = self.memory.bytes(&kept, 1, c);
         let mut from = self.memory.pointer::<u8>(place).cast_const();
         let mut is_final = i32::from(c.chance(15));
-        let a = &self.allocators[i];
-        let mut writes = a.own_writes();
-        a.masked_writes(Some(&kept), &mut writes);
-        if is_final == 1 {
-            a.averages().for_each(|(place, bytes)| writes.bytes(place, bytes));
-        }
+        let writes = self.allocators[i].pattern_writes(&kept, is_final);
         if let Some(w) = w.filter(|_| !spoilt) {
             if n > 0 && w.chance(60) {
                 let inside = self.within_bound(i, n, w).map(|p| p.cast_const().cast());
@@ -1100,20 +1195,24 @@ impl World {
             }
         }
         if call!(self, expect, writes, adalora_allocator_set_pattern(handle, from, is_final, std::ptr::null_mut()))? {
-            let was_final = self.allocators[i].is_final();
-            let expected: Vec<u8> = kept.iter().map(|k| u8::from(*k != 0)).collect();
-            // Set by hand, even a final pattern is another.
-            self.allocators[i].seen.iter_mut().for_each(|seen| seen.pattern.clone_from(&expected));
-            self.inspect(i, c)?;
-            let seen = self.allocators[i].seen.as_ref().ok_or("nothing seen")?;
-            ensure!(seen.pattern == expected && seen.has_pattern, "after set_pattern: {seen:?}, expected {expected:?}");
-            ensure!(seen.is_final == (is_final == 1 || was_final), "after set_pattern: {seen:?}, is_final {is_final}");
-            if is_final == 1 {
-                self.check_averages(i, |x| x == 0.0, "cleared")?;
-            }
-            self.check_masked(i)?;
+            self.check_pattern(i, &kept, is_final, c)?;
         }
         Ok(())
+    }
+
+    pub(super) fn check_pattern(&mut self, i: usize, kept: &[u8], is_final: i32, c: &mut Choices) -> Outcome {
+        let was_final = self.allocators[i].is_final();
+        let expected: Vec<u8> = kept.iter().map(|k| u8::from(*k != 0)).collect();
+        // Set by hand, even a final pattern is another.
+        self.allocators[i].seen.iter_mut().for_each(|seen| seen.pattern.clone_from(&expected));
+        self.inspect(i, c)?;
+        let seen = self.allocators[i].seen.as_ref().ok_or("nothing seen")?;
+        ensure!(seen.pattern == expected && seen.has_pattern, "after set_pattern: {seen:?}, expected {expected:?}");
+        ensure!(seen.is_final == (is_final == 1 || was_final), "after set_pattern: {seen:?}, is_final {is_final}");
+        if is_final == 1 {
+            self.check_averages(i, |x| x == 0.0, "cleared")?;
+        }
+        self.check_masked(i)
     }
 
     pub(super) fn set_adam_steps(&mut self, c: &mut Choices, mut w: Option<&mut Choices>) -> Outcome {
@@ -1214,22 +1313,21 @@ impl World {
         }
         let mut expect = Expect::default();
         let (i, handle, spoilt) = self.target(&mut expect, c, w.as_deref_mut())?;
-        let Some(mut bytes) = (!self.images.is_empty()).then(|| self.images[c.below(self.images.len())].clone()) else {
+        let own: Vec<&Vec<u8>> = self.images.iter().filter(|image| self.allocators[i].takes(image)).collect();
+        let images = if own.is_empty() || c.chance(50) { self.images.iter().collect() } else { own };
+        if images.is_empty() {
             return Ok(());
-        };
-        let shapes = |geos: &[Geometry]| -> Vec<u8> {
-            let numbers = geos.iter().flat_map(|g| [g.rank, g.input, g.output]);
-            [geos.len() as i64].into_iter().chain(numbers).flat_map(i64::to_le_bytes).collect()
-        };
-        let own = shapes(&self.allocators[i].geos);
-        if !bytes[16..].starts_with(&own) {
+        }
+        let mut bytes = c.pick(&images).clone();
+        let fits = self.allocators[i].takes(&bytes);
+        if !fits {
             expect.argument("bytes");
         }
         let (mut null, mut size) = (false, bytes.len());
         if let Some(w) = w.filter(|_| !spoilt) {
             let corrupt = |expect: &mut Expect| expect.refuse(ADALORA_ERROR_CORRUPT_DATA, ["bytes"]);
-            let counters = 16 + own.len();
             let n = self.allocators[i].geos.len();
+            let counters = counters_of(n);
             match w.below(8) {
                 0 => (null, ()) = (true, expect.argument("bytes")),
                 1 => (size, ()) = (usize::MAX - w.below(2), expect.argument("size")),
@@ -1247,21 +1345,21 @@ impl World {
                     corrupt(&mut expect);
                 }
                 // Wrong values under a right checksum.
-                5 if bytes[16..].starts_with(&own) => {
+                5 if fits => {
                     let k = 1 + w.below(4 + n);
                     let k = if k >= 5 { k + 1 } else { k };
                     write_i64(&mut bytes, counters + 8 * k, w.pick(&[-1, i64::MIN, i64::MAX, (1 << 53) + 1]));
                     seal(&mut bytes);
                     corrupt(&mut expect);
                 }
-                6 if bytes[16..].starts_with(&own) => {
+                6 if fits => {
                     write_i64(&mut bytes, counters + 40, w.pick(&[2, 4, 7, -1, i64::MAX]));
                     seal(&mut bytes);
                     corrupt(&mut expect);
                 }
                 _ => {
                     let pattern = counters + 8 * (6 + n);
-                    if bytes[16..].starts_with(&own) && bytes.len() > pattern + 8 && w.chance(60) {
+                    if fits && bytes.len() > pattern + 8 && w.chance(60) {
                         bytes[pattern + w.below(self.allocators[i].triplets())] = 2 + w.below(254) as u8;
                     } else {
                         // Version, and what is reserved after it.
@@ -1284,6 +1382,11 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// Where in a state's bytes the counters begin.
+fn counters_of(adapters: usize) -> usize {
+    24 + 24 * adapters
 }
 
 /// Makes the checksum right again: FNV-1a of all before it.

@@ -73,8 +73,21 @@ fn elements(g: &Geometry, matrix: i32) -> usize {
     (g.rank * columns) as usize
 }
 
-/// Ranges that a process owns, and whether another does too: all elements where it is not sharded.
-fn ranges(geos: &[Geometry], sharded: bool, c: &mut Choices) -> Vec<(usize, i32, usize, usize, bool)> {
+/// A range that a process owns.
+#[derive(Clone, Copy)]
+struct Share {
+    adapter: usize,
+    matrix: i32,
+    begin: usize,
+    end: usize,
+    /// Whether another process owns it too.
+    replica: bool,
+    /// Whether it has a low copy of the parameters, and the type of its gradients; any where it does not matter.
+    types: Option<(bool, DtypeCode)>,
+}
+
+/// Ranges that a process owns: all elements where it is not sharded.
+fn shares(geos: &[Geometry], sharded: bool, c: &mut Choices) -> Vec<Share> {
     let mut list = Vec::new();
     // Whole adapters, or any pieces.
     let whole = c.chance(60);
@@ -96,7 +109,7 @@ fn ranges(geos: &[Geometry], sharded: bool, c: &mut Choices) -> Vec<(usize, i32,
                 let dropped = sharded && !whole && c.chance(25);
                 let replica = if whole { replica } else { c.chance(10) };
                 if !dropped && (cut[0] < cut[1] || c.chance(30)) {
-                    list.push((adapter, matrix, cut[0], cut[1], replica));
+                    list.push(Share { adapter, matrix, begin: cut[0], end: cut[1], replica, types: None });
                 }
             }
         }
@@ -123,16 +136,15 @@ fn owns_whole_columns(geos: &[Geometry], pieces: &[Piece]) -> bool {
 fn piece(
     m: &mut Memory,
     g: &Geometry,
-    (adapter, matrix, begin, end, replica): (usize, i32, usize, usize, bool),
+    Share { adapter, matrix, begin, end, replica, types }: Share,
     (hypers, moments, fill): (usize, bool, Fill),
     c: &mut Choices,
 ) -> Piece {
     let n = end - begin;
     let state = g.compute();
     let low = g.param;
-    let master = low != state && c.chance(50);
+    let (master, g_dtype) = types.unwrap_or((low != state && c.chance(50), c.pick(&[low, state])));
     let p_dtype = if master { state } else { low };
-    let g_dtype = c.pick(&[low, state]);
     let has_moments = moments || c.chance(30);
     let bytes = |dtype| n * size_of_dtype(dtype);
     let sizes = [
@@ -267,7 +279,12 @@ impl World {
         self.bind_at(i, c, w)
     }
 
-    fn bind_at(&mut self, i: usize, c: &mut Choices, w: Option<&mut Choices>) -> Outcome {
+    pub(super) fn bind_at(&mut self, i: usize, c: &mut Choices, w: Option<&mut Choices>) -> Outcome {
+        let shares = shares(&self.allocators[i].geos, self.allocators[i].sharded, c);
+        self.bind_shares(i, shares, c, w)
+    }
+
+    fn bind_shares(&mut self, i: usize, shares: Vec<Share>, c: &mut Choices, w: Option<&mut Choices>) -> Outcome {
         let geos = self.allocators[i].geos.clone();
         let sharded = self.allocators[i].sharded;
         let mut expect = Expect::default();
@@ -275,9 +292,9 @@ impl World {
         let moves = self.allocators[i].bound.is_some() && c.chance(50);
         let hypers: Vec<Hyper> = (0..c.pick(&[0, 1, 1, 2, 3])).map(|_| hyper(&mut self.memory, c)).collect();
         let (moments, fill) = (c.chance(85), Fill::some(c));
-        let pieces: Vec<Piece> = ranges(&geos, sharded, c)
+        let pieces: Vec<Piece> = shares
             .into_iter()
-            .map(|range| piece(&mut self.memory, &geos[range.0], range, (hypers.len(), moments, fill), c))
+            .map(|share| piece(&mut self.memory, &geos[share.adapter], share, (hypers.len(), moments, fill), c))
             .collect();
         let [state_bytes, workspace_bytes, _] = self.ask_allocator_sizes(i, pieces.len(), c)?;
         let state = self.memory.place(state_bytes, 64, c);
@@ -378,6 +395,25 @@ impl World {
             self.memory.release(bound.blocks);
             Ok(())
         }
+    }
+
+    /// Binds an allocator of the triplets alone that another keeps: to what is kept of the other's slices.
+    pub(super) fn bind_kept(&mut self, i: usize, of: usize, kept: &[u8], c: &mut Choices) -> Outcome {
+        let other = &self.allocators[of];
+        if other.bound.is_none() {
+            return self.bind_at(i, c, None);
+        }
+        let mut shares = Vec::new();
+        for p in other.pieces() {
+            let before = |element: usize| other.kept_elements(&p, kept, 0..element).len();
+            let (begin, end) = (before(p.begin), before(p.end));
+            let types = Some((p.p_low.is_some(), p.g.1));
+            if begin < end || c.chance(30) {
+                shares.push(Share { adapter: p.adapter, matrix: p.matrix, begin, end, replica: p.replica, types });
+            }
+        }
+        c.shuffle(&mut shares);
+        self.bind_shares(i, shares, c, None)
     }
 
     /// Gives an allocator's buffers back after its end.
