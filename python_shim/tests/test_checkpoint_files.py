@@ -16,7 +16,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import adalora
-from adalora import CorruptDataError, InvalidArgumentError, InvalidHandleError, InvalidStateError, Triplets
+from adalora import (
+    CorruptDataError,
+    InvalidArgumentError,
+    InvalidHandleError,
+    InvalidStateError,
+    OutOfMemoryError,
+    Triplets,
+)
 from adalora.checkpoint import Checkpoint, SavedAdapter, TensorInfo, export_lora, save
 
 CONFIG, ADAPTER, STATE = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
@@ -291,6 +298,11 @@ def entry(dtype: str, shape: list, begin: int, end: int) -> dict:
         header({"a": entry("F32", [1], 0, 4)}, 5),
         header({"a": entry("F32", [2**62, 4], 0, 4)}, 4),
         header({"a": entry("F32", [2**63, 2], 0, 0)}),
+        header({"a": entry("F32", [0, 2**40, 2**40], 0, 0)}),
+        header({"a": entry("F32", [2**40, 0, 2**40], 0, 0)}),
+        header({"a": entry("F32", [2**40, 2**40, 0], 0, 0)}),
+        header({"a": entry("F64", [0, 2**60], 0, 0)}),
+        header({"a": entry("U8", [0, 2**63], 0, 0)}),
         header({"a": entry("F32", [-1], 0, 4)}, 4),
         header({"a": entry("F33", [1], 0, 4)}, 4),
         header({"a": entry("F32", [1], 4, 8)}, 8),
@@ -342,6 +354,25 @@ def test_extents_without_elements(tmp_path):
         InvalidArgumentError, match=r"lora_A: found shape \[0, 17179869184\], expected in dimension 0 4"
     ):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**61 - 1], [2**31, 0, 2**29], [2**40, 2**20, 0], [0] * 64], ids=str)
+def test_arrays_without_elements_are_made(tmp_path, shape):
+    (tmp_path / STATE).write_bytes(header({"__metadata__": {"training_state": ""}, "a": entry("F32", shape, 0, 0)}))
+    checkpoint = Checkpoint(tmp_path, adapter=False, state=True)
+    assert checkpoint.read_state_tensor("a").shape == tuple(shape)
+    save(tmp_path / "again", state="", state_tensors={"a": np.empty(shape, np.float32)})
+    assert (tmp_path / "again" / STATE).exists()
+
+
+def test_more_than_memory(tmp_path, little_memory):
+    """A file is as long as it says, with bytes that were never written."""
+    size = 2**34
+    content = header({"__metadata__": {"training_state": ""}, "a": entry("U8", [size], 0, size)})
+    (tmp_path / STATE).write_bytes(content)
+    os.truncate(tmp_path / STATE, len(content) + size)
+    with pytest.raises(OutOfMemoryError, match=r"a: expected memory for shape \(17179869184,\), found none"):
+        Checkpoint(tmp_path, adapter=False, state=True).read_state_tensor("a")
 
 
 def test_masked_triplets_of_features_that_no_byte_backs(tmp_path):

@@ -458,9 +458,8 @@ unsafe fn entry<'a>(d: &Tensor) -> Result<Entry<'a>> {
     read::reserved(d.reserved, "reserved")?;
     // SAFETY: as this function asks.
     let shape = unsafe { extents(d.shape, d.n_dims, MOST_DIMENSIONS, ["shape", "n_dims"]) }?;
-    let size = tensors::element_size(*dtype).unwrap_or(0);
-    let bytes = shape.iter().try_fold(size, |n, d| n.checked_mul(*d));
-    let bytes = bytes.ok_or_else(|| Error::argument("shape", format_args!("{shape:?}"), "one that fits memory"))?;
+    let bytes = tensors::bytes_of(*dtype, &shape)
+        .ok_or_else(|| Error::argument("shape", format_args!("{shape:?}"), "one that fits memory"))?;
     if d.bytes != 0 && d.bytes != bytes {
         return Err(Error::argument("bytes", d.bytes, format_args!("0, or {bytes} as shape and type say")));
     }

@@ -43,6 +43,14 @@ pub fn element_size(dtype: Dtype) -> Option<usize> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
+/// Bytes of a tensor; `None` where an array without its empty extents would not fit memory, which NumPy and PyTorch do not
+/// make: strides would overflow.
+pub fn bytes_of(dtype: Dtype, shape: &[usize]) -> Option<usize> {
+    let size = shape.iter().try_fold(dtype.bitsize().div_ceil(8), |n, d| n.checked_mul((*d).max(1)))?;
+    isize::try_from(size).ok()?;
+    Some(if shape.contains(&0) { 0 } else { size })
+}
+
 /// The element type in a file.
 pub fn stored(dtype: tensor::Dtype) -> Dtype {
     match dtype {
@@ -80,7 +88,7 @@ pub fn header(entries: &mut [Entry<'_>], metadata: (&str, &str), list: &str) -> 
     let mut infos = reserve(entries.len(), "tensors")?;
     let mut offset = 0;
     for entry in entries.iter() {
-        let bytes = entry.shape.iter().try_fold(entry.dtype.bitsize() / 8, |n, d| n.checked_mul(*d));
+        let bytes = bytes_of(entry.dtype, &entry.shape);
         let end = bytes.and_then(|bytes| usize::checked_add(offset, bytes)).ok_or_else(|| {
             Error::argument(
                 list,
@@ -190,10 +198,13 @@ impl TensorFile {
                     format!("{}: {name}: found {}, which is packed: expected whole bytes", path.display(), info.dtype);
                 return Err(Error::new(Code::Unsupported, text));
             }
+            if bytes_of(info.dtype, &info.shape).is_none() {
+                let found = format_args!("shape {:?} of {name}", info.shape).to_string();
+                return Err(corrupt(path, found, "extents that fit memory, also beside one of 0"));
+            }
             name.push('\0');
             let (begin, end) = info.data_offsets;
-            let shape = info.shape.iter().map(|d| i64::try_from(*d)).collect::<std::result::Result<Vec<_>, _>>();
-            let shape = shape.map_err(|_| corrupt(path, format_args!("shape {:?}", info.shape), "one below 2^63"))?;
+            let shape = info.shape.iter().map(|d| *d as i64).collect();
             let begin_in_file = 8 + length + begin as u64;
             tensors.push(Tensor { name, dtype: info.dtype, shape, bytes: end - begin, begin: begin_in_file });
         }

@@ -19,7 +19,7 @@ from . import _bindings as c
 from ._handle import Handle, NativeObject
 from ._library import Library, load
 from .arrays import BFLOAT16, HOST, NAMES, Array, Lease, Triplets, as_matrix, view
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, OutOfMemoryError
 
 __all__ = ["AdapterInfo", "Checkpoint", "SavedAdapter", "TensorInfo", "export_lora", "save"]
 
@@ -226,7 +226,12 @@ class Checkpoint(NativeObject):
         if params is None:
             r = info.kept if compact else info.rank
             shapes = (r, info.in_features), (r, 1), (info.out_features, r)
-            params = Triplets(*(HOST.zeros(s, _CODES[d], "params") for s, d in zip(shapes, info.dtypes, strict=True)))
+            try:
+                params = Triplets(
+                    *(HOST.zeros(s, _CODES[d], "params") for s, d in zip(shapes, info.dtypes, strict=True))
+                )
+            except MemoryError:
+                raise no_memory(name, *shapes) from None
         lease = HOST.lease()
         triplets = _triplets(params, "params", lease, writable=True)
         self.library.adalora_checkpoint_read_adapter(self.handle.pointer, index, ctypes.byref(triplets))
@@ -393,14 +398,21 @@ def _triplets(params: Triplets, name: str, lease: Lease, *, writable: bool = Fal
 
 
 def _new(info: TensorInfo) -> Array:
-    if _CODES[info.dtype] == BFLOAT16:
-        return HOST.zeros(info.shape, BFLOAT16, "out")
     try:
+        if _CODES[info.dtype] == BFLOAT16:
+            return HOST.zeros(info.shape, BFLOAT16, "out")
         return np.empty(info.shape, info.dtype)
+    except MemoryError:
+        raise no_memory(info.name, info.shape) from None
     except TypeError:
         raise InvalidArgumentError(
             f"out: expected an array for {info.name} of {info.dtype}, a type that NumPy lacks, found none"
         ) from None
+
+
+def no_memory(name: str, *shapes: tuple[int, ...]) -> OutOfMemoryError:
+    """What a file holds, and this machine cannot."""
+    return OutOfMemoryError(f"{name}: expected memory for shape {', '.join(map(str, shapes))}, found none")
 
 
 def _item(items: Mapping[str, Any], name: str) -> Any:

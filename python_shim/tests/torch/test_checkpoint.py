@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import stat
+import struct
 import subprocess
 import sys
 import warnings
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adalora
-from adalora import CorruptDataError, FileError, InvalidArgumentError, InvalidStateError
+from adalora import CorruptDataError, FileError, InvalidArgumentError, InvalidStateError, OutOfMemoryError
 from adalora.torch import (
     AdaLoraConfig,
     RankAllocator,
@@ -769,6 +770,17 @@ def test_a_pipe_is_no_file(tmp_path):
             load_adapter(base(), tmp_path)
         (tmp_path / "there").rename(tmp_path / name)
     load_adapter(base(), tmp_path)
+
+
+def test_more_than_memory(tmp_path, little_memory):
+    """A file is as long as it says, with bytes that were never written."""
+    size = 2**34
+    tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    text = json.dumps({"__metadata__": {"training_state": "{}"}, "a": tensor}).encode()
+    (tmp_path / STATE).write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(tmp_path / STATE, 8 + len(text) + size)
+    with pytest.raises(OutOfMemoryError, match=r"a: expected memory for shape \(17179869184,\), found none"):
+        load_training_state(tmp_path)
 
 
 # Training state

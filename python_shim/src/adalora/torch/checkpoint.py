@@ -268,7 +268,7 @@ def _found(checkpoint: Checkpoint, compacted: bool) -> dict[str, tuple[tuple[int
 
 
 def _values(checkpoint: Checkpoint, wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
-    values = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in wanted.items()}
+    values = {key: _empty(key, shape, dtype) for key, (shape, dtype) in wanted.items()}
     for path in checkpoint.adapters:
         checkpoint.read_adapter(path, Triplets(*(values[f"{_PREFIX}{path}.lora_{name}"] for name in "AEB")))
     for key in checkpoint.tensors.keys() & values.keys():
@@ -448,7 +448,7 @@ def load_training_state(
     objects = _stateful(allocator=allocator, optimizer=optimizer, scheduler=scheduler, **more)
     with Checkpoint(folder, adapter=False, state=True) as checkpoint:
         text, infos = checkpoint.state, checkpoint.state_tensors
-        tensors = {key: torch.empty(info.shape, dtype=_dtype(info)) for key, info in infos.items()}
+        tensors = {key: _empty(key, info.shape, _dtype(info)) for key, info in infos.items()}
         for key, tensor in tensors.items():
             checkpoint.read_state_tensor(key, tensor)
     try:
@@ -601,6 +601,14 @@ def _dtype(info: TensorInfo) -> torch.dtype:
         return getattr(torch, info.dtype)
     except AttributeError:
         raise InvalidArgumentError(f"{info.name}: expected a type that PyTorch has, found {info.dtype}") from None
+
+
+def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError:
+        # The shape was checked.
+        raise files.no_memory(name, shape) from None
 
 
 def _few(names: Collection[str]) -> str:
