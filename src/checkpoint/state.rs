@@ -40,7 +40,8 @@ pub fn encode(model: &Model, state: &State) -> Result<Vec<u8>> {
 /// The state in bytes, for a model of the same adapters.
 pub fn decode(model: &Model, bytes: &[u8]) -> Result<State> {
     let corrupt = |what: String| Error::new(Code::CorruptData, format!("bytes: {what}"));
-    let short = |rest: &[u8]| corrupt(format!("found an end {} bytes after a field began", rest.len()));
+    let short =
+        |rest: &[u8]| corrupt(format!("found an end {} bytes after a field began, expected a whole state", rest.len()));
     let (body, sum) = bytes.split_last_chunk::<8>().ok_or_else(|| short(bytes))?;
     let Some((signature, rest)) = body.split_first_chunk::<8>() else { return Err(short(body)) };
     if signature != SIGNATURE {

@@ -986,6 +986,58 @@ def test_a_structure_that_nobody_wrote(tmp_path, structure):
         load_training_state(tmp_path, it=Holder(), rng=False)
 
 
+def places(value, path=()):
+    """Where something stands in a structure, and every part of it."""
+    yield path
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        yield from places(item, (*path, key))
+
+
+def test_states_of_other_kinds(tmp_path):
+    """Whatever stands anywhere in a state: an error of ours that names the object, or the state is taken."""
+    model = adapt(
+        nn.Sequential(nn.Linear(6, 5)), AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["0"])
+    )
+    allocator, params = RankAllocator(model), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params)
+    model(torch.ones(3, 6)).sum().backward()
+    optimizer.step()
+    own = {"optimizer": optimizer, "allocator": allocator}
+    save_training_state(tmp_path, **own, rng=False)
+    tensors = load_file(tmp_path / STATE)
+    with safe_open(tmp_path / STATE, "pt") as file:
+        metadata = file.metadata()
+    structure, before = json.loads(metadata["training_state"]), allocator.state_dict()
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in places(structure):
+            for other in (None, -1, "x", [], {"tuple": []}):
+                damaged = json.loads(json.dumps(structure))
+                at = damaged
+                for key in path[:-1]:
+                    at = at[key]
+                if path:
+                    at[path[-1]] = other
+                text = json.dumps(damaged if path else other)
+                save_file(tensors, tmp_path / STATE, {"training_state": text})
+                try:
+                    load_training_state(tmp_path, **own, rng=False)
+                except (CorruptDataError, InvalidArgumentError) as error:
+                    assert STATE in str(error) and "expected" in str(error) and "found" in str(error)
+                    refused += 1
+        assert refused > 100
+        for key, tensor in tensors.items():
+            if not key.startswith("allocator."):
+                continue
+            for other in (tensor.new_zeros(0, 2**40), tensor.new_zeros(()), tensor.new_zeros(2, 3, 4)):
+                save_file({**tensors, key: other}, tmp_path / STATE, metadata)
+                if other.shape != tensor.shape:
+                    with pytest.raises((CorruptDataError, InvalidArgumentError), match=f"{STATE}: allocator: .*found"):
+                        load_training_state(tmp_path, **own, rng=False)
+    assert identical(allocator.state_dict(), before)
+
+
 # A run that goes on
 
 

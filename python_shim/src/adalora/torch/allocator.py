@@ -412,16 +412,19 @@ class RankAllocator:
                 for average in _AVERAGES:
                     own[f"{average}.{name}"] = cut(own[f"{average}.{name}"], name[-1], kept[k // 3])
         _check_keys("state_dict", state_dict, own)
+        for name, tensor in own.items():
+            found = state_dict[name]
+            if not isinstance(found, Tensor) or (name == "state" and found.dtype != torch.uint8):
+                expected = "bytes" if name == "state" else "a tensor"
+                found = found.dtype if isinstance(found, Tensor) else type(found).__name__
+                raise InvalidArgumentError(f"{name}: expected {expected}, found {found}")
+            if name != "state" and found.shape != tensor.shape:
+                raise InvalidArgumentError(f"{name}: expected shape {list(tensor.shape)}, found {list(found.shape)}")
+        del own["state"]
         if state_dict["budget_unit"].item() != own.pop("budget_unit").item():
             raise InvalidArgumentError(
                 f"budget_unit: expected {self.budget_unit!r}, found a state that counts otherwise"
             )
-        own.pop("state")
-        for name, tensor in own.items():
-            if state_dict[name].shape != tensor.shape:
-                raise InvalidArgumentError(
-                    f"{name}: expected shape {list(tensor.shape)}, found {list(state_dict[name].shape)}"
-                )
         part = whole if self._sharding is None else self._sharding.part
         state = state_dict["state"].cpu().numpy().tobytes()
         if kept is None:
@@ -775,7 +778,11 @@ class RankAllocator:
 
     def _loaded_pattern(self, state_dict: Mapping[str, Tensor]) -> list[list[bool]] | None:
         """What a state to be loaded keeps of the triplets; None: what is there, as it is."""
+        if not isinstance(state_dict, Mapping):
+            raise InvalidArgumentError(f"state_dict: expected a dict, found {type(state_dict).__name__}")
         found = state_dict.get("rank_pattern")
+        if found is not None and not isinstance(found, Tensor):
+            raise InvalidArgumentError(f"rank_pattern: expected a tensor, found {type(found).__name__}")
         if self._compacted is not None:
             own = list(chain.from_iterable(self._compacted))
             if found is None or found.tolist() != own:

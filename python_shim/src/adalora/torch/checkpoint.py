@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import checkpoint as files
 from ..arrays import Triplets
 from ..checkpoint import Checkpoint, SavedAdapter, TensorInfo
-from ..errors import CorruptDataError, InvalidArgumentError, InvalidStateError
+from ..errors import AdaLoRAError, CorruptDataError, InvalidArgumentError, InvalidStateError
 from .compaction import compacted_pattern, cut, keep_pattern, shrink
 from .config import TASK_HEADS, AdaLoraConfig
 from .convolution import SVDConv1d, SVDConv2d
@@ -39,6 +39,8 @@ STATE_FILE = "training_state.safetensors"
 # PEFT's paths begin at its wrapper of the model.
 _PREFIX = "base_model.model."
 _DICTS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
+# What reading values of unexpected kinds ends in.
+_RUBBISH = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError)
 
 
 def save_adapter(
@@ -424,6 +426,7 @@ def load_training_state(
     """Load what `save_training_state` saved into objects made as they were for the saved run.
 
     The file is read and checked as a whole first; then each object is given its state, in the order of the arguments.
+    What an object makes of a state that is not its own, only it can say: those before it have theirs by then.
 
     >>> load_adapter(model, folder, is_trainable=True)
     >>> optimizer = AdamW([p for p in model.parameters() if p.requires_grad], RankAllocator(model))
@@ -440,7 +443,8 @@ def load_training_state(
         more: as saved.
 
     Raises:
-        InvalidArgumentError: the arguments are not those of saving; they are named. Nothing was changed.
+        InvalidArgumentError: the arguments are not those of saving; they are named. Nothing was changed, unless it is
+            an object that refused its state.
         CorruptDataError: the file is damaged. Nothing was changed.
 
     """
@@ -453,7 +457,7 @@ def load_training_state(
             checkpoint.read_state_tensor(key, tensor)
     try:
         state = {name: _decode(value, tensors) for name, value in json.loads(text).items()}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except _RUBBISH as error:
         raise CorruptDataError(f"{path}: expected what save_training_state wrote, found {error!r}") from None
     generators = state.pop("rng", None)
     if state.keys() != objects.keys():
@@ -478,8 +482,17 @@ def load_training_state(
             f"(or rng=False), found {devices}"
         )
     for name, each in objects.items():
-        own = state[name]
-        each.load_state_dict(spread_state(each, own) if isinstance(each, torch.optim.Optimizer) else own)
+        try:
+            each.load_state_dict(
+                spread_state(each, state[name]) if isinstance(each, torch.optim.Optimizer) else state[name]
+            )
+        except AdaLoRAError as error:
+            error.args = (f"{path}: {name}: {error}",)
+            raise
+        except _RUBBISH as error:
+            raise InvalidArgumentError(
+                f"{path}: {name}: expected a state that this {type(each).__name__} takes, found one with {error!r}"
+            ) from error
     if rng:
         _set_rng_state(generators)
 
@@ -523,7 +536,7 @@ def _check_rng_state(state: Any, path: Path) -> None:
         for each in state.get("cuda", ()):
             if each.dtype != torch.uint8:
                 raise TypeError(f"cuda: expected bytes, found {each.dtype}")
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except _RUBBISH as error:
         raise CorruptDataError(f"{path}: rng: expected states of random generators, found {error!r}") from None
 
 
