@@ -101,18 +101,21 @@ def test_pefts_model_is_accelerated():
             assert "lora_E" not in name or torch.equal(p == 0, trained(theirs)[name] == 0)
 
 
-def test_autocast_is_beside_pefts():
-    ours = network(torch.float32).to(DEVICE)
-    theirs = with_peft(ours).to(DEVICE)
+def test_autocast_is_as_near_as_pefts():
     (batch,) = data(1, torch.float32)
+    exact, ours = network(torch.float32).to(DEVICE), network(torch.float32).to(DEVICE)
+    theirs = with_peft(ours).to(DEVICE)
+    loss_of(exact, batch).backward()
     with torch.autocast("cuda", torch.bfloat16):
         losses = [model(*batch).loss for model in (ours, theirs.base_model)]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(losses[0], losses[1].detach() - penalty_in(theirs), rtol=2e-2, atol=2e-2)
-    for name, p in trained(ours).items():
+    for name, p in trained(exact).items():
+        # The others' gradients have the penalty in PEFT's loss.
         if "head" in name or "lora_E" in name:
-            torch.testing.assert_close(p.grad, trained(theirs)[name].grad, rtol=5e-2, atol=2e-2)
+            errors = [(trained(model)[name].grad - p.grad).norm() for model in (ours, theirs)]
+            assert errors[0] <= 2 * errors[1] + 1e-2 * p.grad.norm(), name
 
 
 def penalty_in(theirs: nn.Module) -> Tensor:
@@ -310,7 +313,7 @@ def test_a_run_goes_on_from_files(tmp_path):
         step(model, optimizer, batch)
     save_adapter(model, tmp_path)
     save_training_state(tmp_path, optimizer=optimizer)
-    again, _ = begin(torch.float32)
+    again = network(torch.float32).to(DEVICE)
     load_adapter(again, tmp_path, adapter_name="default")
     # The head has no place in the adapter's files.
     again.head.load_state_dict(model.head.state_dict())
