@@ -5,7 +5,7 @@
 //! workspace, and added in order.
 
 use super::BoundAllocator;
-use super::device::{Arguments, Device, Kernel, Session, code};
+use super::device::{Arguments, Device, Kernel, Session, code, undefined};
 use crate::adapter::{ALIGNMENT, Geometry};
 use crate::allocator::binding::Slice;
 use crate::allocator::compaction::Compacted;
@@ -616,7 +616,7 @@ pub(super) fn bind(device: Arc<Device>, binding: Binding, stream: Stream) -> Res
     let extents = Extents::of(&binding.model).ok_or_else(|| out_of_memory(layout.bytes, "bytes of workspace"))?;
     let (n_slices, n_chunks) = (tables.n_slices, tables.n_chunks);
     let allocator = CudaAllocator { device, binding, layout, extents, n_slices, n_chunks };
-    allocator.device.enter(stream, |session| {
+    let bound = allocator.device.enter(stream, |session| {
         let is_fresh = allocator.is_fresh(session)?;
         session.upload_sync(&tables.bytes, allocator.binding.workspace)?;
         if is_fresh {
@@ -624,13 +624,9 @@ pub(super) fn bind(device: Arc<Device>, binding: Binding, stream: Stream) -> Res
             session.upload_sync(&state, allocator.binding.state)?;
         }
         Ok(())
-    })?;
+    });
+    bound.map_err(undefined("workspace and state"))?;
     Ok(Box::new(allocator))
-}
-
-/// Says what a call leaves undefined that fails on its way.
-fn undefined(what: &str) -> impl Fn(Error) -> Error + '_ {
-    move |e| Error::new(e.code, format!("{}; undefined now: {what}", e.message))
 }
 
 const UPDATED: &str = "parameters, moments and averages";
@@ -1040,7 +1036,9 @@ impl BoundAllocator for CudaAllocator {
         let triplets = self.model().triplets();
         let mut bytes = reserve(layout.bytes, "bytes of state")?;
         bytes.resize(layout.bytes, 0);
-        self.device.enter(stream, |session| session.download_sync(self.binding.state, &mut bytes))?;
+        self.device
+            .enter(stream, |session| session.download_sync(self.binding.state, &mut bytes))
+            .map_err(undefined("what was to be read"))?;
         let (clocks, rest) = bytes[layout.clocks..layout.pattern].as_chunks();
         debug_assert!(rest.is_empty());
         let mut state = State {
@@ -1055,6 +1053,8 @@ impl BoundAllocator for CudaAllocator {
 
     fn write_sync(&mut self, state: &State, stream: Stream) -> Result<()> {
         let bytes = self.state_bytes(state)?;
-        self.device.enter(stream, |session| session.upload_sync(&bytes, self.binding.state))
+        self.device
+            .enter(stream, |session| session.upload_sync(&bytes, self.binding.state))
+            .map_err(undefined("the state"))
     }
 }

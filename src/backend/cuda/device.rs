@@ -444,6 +444,14 @@ fn incomplete(e: Error) -> Error {
     Error::new(Code::Incomplete, e.message)
 }
 
+/// Says what a call leaves undefined that failed after it had begun.
+pub(super) fn undefined(outputs: &str) -> impl FnOnce(Error) -> Error {
+    move |e| match e.code {
+        Code::Incomplete => Error::new(e.code, format!("{}; undefined now: {outputs}", e.message)),
+        _ => e,
+    }
+}
+
 impl Session<'_> {
     fn runtime(&self, call: &str, function: impl FnOnce(&super::libraries::Runtime) -> c_int) -> Result<()> {
         let runtime = &self.device.libraries.runtime;

@@ -1,9 +1,7 @@
 //! The backend on a CUDA device. Nothing is linked: CUDA's libraries are found when a context asks for them.
 
 mod allocator;
-#[allow(dead_code, reason = "until every operation is there")]
 mod device;
-#[allow(dead_code, reason = "until every operation is there")]
 mod libraries;
 mod pass;
 mod weight;

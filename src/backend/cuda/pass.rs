@@ -21,9 +21,9 @@
 //! The factors are packed: in the type of x where that is half precision, each element in one to three terms, and each
 //! triplet of float16 divided by a power of two; E and the scaling go into h and g on their way to the second factor.
 
-use super::device::{Arguments, Blas, Device, Gemm, Kernel, Operand, Session, code};
+use super::device::{Arguments, Blas, Device, Gemm, Kernel, Operand, Session, code, undefined};
 use crate::adapter::{ALIGNMENT, Call, Geometry, MAX_GROUP, Pass};
-use crate::error::{Code, Error, Result};
+use crate::error::{Error, Result};
 use crate::philox::Dropout;
 use crate::tensor::{Address, Buffer, Dtype, Matrix};
 use arrayvec::ArrayVec;
@@ -1201,14 +1201,9 @@ fn run(device: &Device, pass: &Pass, outputs: &str, body: impl FnOnce(&Run) -> R
     let geometries: ArrayVec<&Geometry, MAX_GROUP> = pass.calls.iter().map(|c| c.geometry).collect();
     let layout = Layout::new(pass.workspace.data, &geometries, pass.tokens).ok_or_else(|| overflows(pass.tokens))?;
     let blas_workspace = layout.blas;
-    let outcome = device
-        .enter(pass.stream, |session| session.blas(blas_workspace, |blas| body(&Run { pass, layout, session, blas })));
-    outcome.map_err(|mut e| {
-        if e.code == Code::Incomplete {
-            e.message = format!("{}; undefined now: {outputs}", e.message);
-        }
-        e
-    })
+    device
+        .enter(pass.stream, |session| session.blas(blas_workspace, |blas| body(&Run { pass, layout, session, blas })))
+        .map_err(undefined(outputs))
 }
 
 /// Adds every adapter's output to its y.

@@ -1,8 +1,8 @@
 //! Initial triplets, delta weights, copies, and the factor that unscales and clips gradients.
 
-use super::device::{Arguments, Device, Kernel, code};
+use super::device::{Arguments, Device, Kernel, code, undefined};
 use crate::adapter::{Combine, Geometry, Layout};
-use crate::error::{Code, Error, Result};
+use crate::error::Result;
 use crate::tensor::{Address, Dtype, Matrix, Stream, Triplets};
 
 /// Threads of every block.
@@ -81,14 +81,6 @@ unsafe impl Arguments for WeightDelta {}
 // SAFETY: as above.
 unsafe impl Arguments for GradientFactor {}
 
-/// The same failure, which leaves outputs undefined where work had begun.
-fn undefined(mut e: Error, outputs: &str) -> Error {
-    if e.code == Code::Incomplete {
-        e.message = format!("{}; undefined now: {outputs}", e.message);
-    }
-    e
-}
-
 /// One f64: what unscales and clips gradients.
 pub(super) fn gradient_factor(
     device: &Device,
@@ -102,7 +94,7 @@ pub(super) fn gradient_factor(
     let args = GradientFactor { sum_of_squares, loss_scale, max_norm, factor: grad_factor };
     device
         .enter(stream, |session| session.launch(Kernel::GradientFactor, 1, 32, &args))
-        .map_err(|e| undefined(e, "grad_factor"))
+        .map_err(undefined("grad_factor"))
 }
 
 /// Initial triplets.
@@ -143,7 +135,7 @@ pub(super) fn initialize(
     let blocks = a_blocks + b_blocks + geometry.rank.div_ceil(THREADS);
     device
         .enter(stream, |session| session.launch(Kernel::WeightInitialize, blocks, THREADS as u32, &args))
-        .map_err(|e| undefined(e, "params"))
+        .map_err(undefined("params"))
 }
 
 /// Combines w with the delta weight; sets the flag where the outcome is not finite.
@@ -198,7 +190,7 @@ pub(super) fn delta(
         _ => Kernel::WeightDeltaFloat32,
     };
     let blocks = w.rows.div_ceil(ROWS) * column_tiles;
-    device.enter(stream, |session| session.launch(kernel, blocks, THREADS as u32, &args)).map_err(|e| undefined(e, "w"))
+    device.enter(stream, |session| session.launch(kernel, blocks, THREADS as u32, &args)).map_err(undefined("w"))
 }
 
 /// Copies a matrix to another of the same shape and type.
@@ -209,5 +201,5 @@ pub(super) fn copy(device: &Device, from: &Matrix, to: &Matrix, stream: Stream) 
             let (from_pitch, to_pitch) = (from.row_stride * element, to.row_stride * element);
             session.copy_rows(from.data, from_pitch, to.data, to_pitch, from.columns * element, from.rows)
         })
-        .map_err(|e| undefined(e, "the copy"))
+        .map_err(undefined("the copy"))
 }
