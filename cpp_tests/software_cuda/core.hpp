@@ -45,9 +45,10 @@ class Process {
             size_t extra_bytes = 0) {
     append({command, uint32_t(name.size()), extra_bytes}, &record, sizeof record, name, extra);
   }
-  // Waits until all is done. The first error since the start, with its words.
-  protocol::Answer finish(std::string& words);
-  void read(void* to, uint64_t address, size_t bytes) const;
+  // Waits until all is done, but for memory that came and went. The first error since the start, with its words.
+  int finish(std::string& words);
+  // The same, and rows of memory.
+  int read(const protocol::Read& record, const std::string& name, void* to, size_t to_pitch, std::string& words);
   const std::vector<KernelInfo>& kernels() const { return kernels_; }
 
  private:
@@ -55,9 +56,10 @@ class Process {
               const void* extra);
   bool flush();
   bool receive(void* to, size_t bytes);
+  int answer(std::string& words, void* to, size_t to_pitch, size_t width, size_t rows);
 
-  uint64_t window_;
-  int socket_ = -1, memory_ = -1, pid_ = -1;
+  int socket_ = -1, pid_ = -1;
+  bool working_ = false;
   std::vector<char> unsent_;
   std::vector<KernelInfo> kernels_;
 };

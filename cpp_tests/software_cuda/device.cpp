@@ -1,12 +1,12 @@
 // The device: a process of its own that holds the device's memory at the addresses that the host hands out, and runs
 // kernels, matrix products, copies and fills one after another.
 
-#include <fcntl.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -21,7 +21,7 @@ namespace {
 
 using namespace protocol;
 
-enum { channel = 3, memory = 4 };  // file descriptors that the host process gives
+constexpr int channel = 3;  // a file descriptor that the host process gives
 
 constexpr int illegal_address = 700, misaligned_address = 716, launch_failure = 719;
 constexpr unsigned char unset = 0xff;  // a NaN in every type of element
@@ -45,13 +45,20 @@ void fail(int code, const std::string& what) {
 
 // False where the host process has gone.
 bool read_all(void* to, size_t bytes) {
+  static char waiting[64 << 10];
+  static size_t begin = 0, end = 0;
   for (size_t at = 0; at < bytes;) {
-    const ssize_t n = read(channel, static_cast<char*>(to) + at, bytes - at);
-    if (n == 0) return false;
-    if (n > 0)
-      at += size_t(n);
-    else if (errno != EINTR)
-      return false;
+    if (begin < end) {
+      const size_t count = std::min(bytes - at, end - begin);
+      memcpy(static_cast<char*>(to) + at, waiting + begin, count);
+      begin += count;
+      at += count;
+      continue;
+    }
+    const ssize_t n = read(channel, waiting, sizeof waiting);
+    if (n == 0 || (n < 0 && errno != EINTR)) return false;
+    begin = 0;
+    end = n > 0 ? size_t(n) : 0;
   }
   return true;
 }
@@ -118,29 +125,36 @@ void catch_signals() {
   for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigaction(number, &action, nullptr);
 }
 
-bool has(const char* from, const char* to) {
-  for (; from != to; ++from)
-    if (static_cast<unsigned char>(*from) != unset) return true;
-  return false;
+// Pages in which nothing is set: memory begins as copies of them, made where somebody writes.
+constexpr uint64_t unset_bytes = 2 << 20;
+int unset_file;
+const char* unset_pages;
+
+void make_unset_pages() {
+  unset_file = memfd_create("unset", 0);
+  if (unset_file < 0 || ftruncate(unset_file, unset_bytes) != 0) quit("memfd_create");
+  void* at = mmap(nullptr, unset_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, unset_file, 0);
+  if (at == MAP_FAILED) quit("mmap");
+  memset(at, unset, unset_bytes);
+  unset_pages = static_cast<const char*>(at);
 }
 
 // Whether somebody wrote beside an allocation, in its own pages.
 void check_margins(const Map& map) {
-  const char *first = pointer(map.pages), *begin = pointer(map.address), *end = begin + map.bytes,
-             *last = first + map.page_bytes;
-  if (has(first, begin))
+  const uint64_t before = map.address - map.pages, after = map.page_bytes - before - map.bytes;
+  if (memcmp(pointer(map.pages), unset_pages, before) != 0)
     fail(illegal_address,
          doing + ": something was written before an allocation of " + std::to_string(map.bytes) + " bytes");
-  if (has(end, last))
+  if (memcmp(pointer(map.address + map.bytes), unset_pages, after) != 0)
     fail(illegal_address,
          doing + ": something was written past the end of an allocation of " + std::to_string(map.bytes) + " bytes");
 }
 
 void run(const Map& map) {
-  void* at = mmap(pointer(map.pages), map.page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory,
-                  off_t(map.pages - window));
-  if (at == MAP_FAILED) quit("mmap of an allocation");
-  memset(at, unset, map.page_bytes);
+  for (uint64_t at = 0; at < map.page_bytes; at += unset_bytes)
+    if (mmap(pointer(map.pages + at), std::min(unset_bytes, map.page_bytes - at), PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_FIXED, unset_file, 0) == MAP_FAILED)
+      quit("mmap of an allocation");
   allocations[map.address] = map;
 }
 
@@ -151,7 +165,6 @@ void run(const Unmap& unmap) {
   if (mmap(pointer(map.pages), map.page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
            0) == MAP_FAILED)
     quit("mmap of what was freed");
-  fallocate(memory, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, off_t(map.pages - window), off_t(map.page_bytes));
 }
 
 void run(const Fill& fill) {
@@ -167,6 +180,21 @@ void run(const Copy& copy) {
 void run(const Write& write, const std::vector<char>& bytes) {
   for (uint64_t row = 0; row < write.rows; ++row)
     memcpy(pointer(write.to + row * write.to_pitch), &bytes[row * write.width], write.width);
+}
+
+void run(const Read& read, std::vector<char>& bytes) {
+  bytes.resize(read.width * read.rows);
+  for (uint64_t row = 0; row < read.rows; ++row)
+    memcpy(&bytes[row * read.width], pointer(read.from + row * read.from_pitch), read.width);
+}
+
+void answer(const void* bytes, size_t count) {
+  const Answer head{error, 0, error != 0 ? text.size() : count};
+  write_all(&head, sizeof head);
+  if (error != 0)
+    write_all(text.data(), text.size());
+  else
+    write_all(bytes, count);
 }
 
 void run(const Kernel& launch, const std::vector<char>& args) {
@@ -304,13 +332,13 @@ bool serve(const Header& header) {
   static T record;
   static std::vector<char> extra;
   if (!take(header, record, extra)) return false;
-  if (error != 0) return true;
-  if (sigsetjmp(main_loop, 1) == 0) {
-    if constexpr (std::is_same_v<T, Kernel> || std::is_same_v<T, Write>)
+  if (error == 0 && sigsetjmp(main_loop, 1) == 0) {
+    if constexpr (std::is_same_v<T, Kernel> || std::is_same_v<T, Write> || std::is_same_v<T, Read>)
       run(record, extra);
     else
       run(record);
   }
+  if constexpr (std::is_same_v<T, Read>) answer(extra.data(), extra.size());
   return true;
 }
 
@@ -335,6 +363,7 @@ int main(int argc, char** argv) {
   if (mmap(pointer(window), window_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE,
            -1, 0) != pointer(window))
     quit("mmap at the host's addresses");
+  make_unset_pages();
   fibers::prepare();
   catch_signals();
   introduce();
@@ -363,11 +392,12 @@ int main(int argc, char** argv) {
       case Command::gemm:
         more = serve<Gemm>(header);
         break;
-      case Command::finish: {
-        const Answer answer{error, uint32_t(text.size())};
-        write_all(&answer, sizeof answer);
-        write_all(text.data(), text.size());
-      }
+      case Command::read:
+        more = serve<Read>(header);
+        break;
+      case Command::finish:
+        answer(nullptr, 0);
+        break;
     }
     if (!more) break;
   }

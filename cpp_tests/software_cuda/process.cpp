@@ -2,7 +2,6 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <spawn.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -29,19 +28,15 @@ std::string program() {
 
 }  // namespace
 
-Process::Process(uint64_t window, uint64_t bytes) : window_(window) {
+Process::Process(uint64_t window, uint64_t bytes) {
   int pair[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) refuse(cudaErrorUnknown, "socketpair");
   socket_ = pair[0];
-  memory_ = memfd_create("software_cuda", MFD_CLOEXEC);
-  if (memory_ < 0 || ftruncate(memory_, off_t(bytes)) != 0) refuse(cudaErrorUnknown, "memfd_create");
-  // Above the numbers that the other process has them under, so that neither covers the other.
-  const int theirs = fcntl(pair[1], F_DUPFD_CLOEXEC, 10), memory = fcntl(memory_, F_DUPFD_CLOEXEC, 10);
+  const int theirs = fcntl(pair[1], F_DUPFD_CLOEXEC, 10);  // not the number that it is to have there
   close(pair[1]);
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_adddup2(&actions, theirs, 3);
-  posix_spawn_file_actions_adddup2(&actions, memory, 4);
   posix_spawnattr_t attributes;
   posix_spawnattr_init(&attributes);
   sigset_t none, usual;
@@ -57,7 +52,6 @@ Process::Process(uint64_t window, uint64_t bytes) : window_(window) {
   posix_spawnattr_destroy(&attributes);
   posix_spawn_file_actions_destroy(&actions);
   close(theirs);
-  close(memory);
   if (failed != 0) {
     pid_ = -1;
     refuse(cudaErrorUnknown, "cannot start " + path + ": " + strerror(failed));
@@ -74,7 +68,6 @@ Process::Process(uint64_t window, uint64_t bytes) : window_(window) {
 
 Process::~Process() {
   if (socket_ >= 0) close(socket_);
-  if (memory_ >= 0) close(memory_);
   if (pid_ > 0) {
     kill(pid_, SIGKILL);
     while (waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {
@@ -88,8 +81,10 @@ void Process::append(const protocol::Header& header, const void* record, size_t 
     const char* at = static_cast<const char*>(from);
     unsent_.insert(unsent_.end(), at, at + count);
   };
+  using protocol::Command;
+  working_ |= header.command != Command::map && header.command != Command::unmap;
   add(&header, sizeof header);
-  add(record, bytes);
+  if (bytes > 0) add(record, bytes);
   add(name.data(), name.size());
   if (header.extra_bytes > 0) add(extra, header.extra_bytes);
   if (unsent_.size() > size_t(1) << 20) flush();
@@ -118,26 +113,33 @@ bool Process::receive(void* to, size_t bytes) {
   return true;
 }
 
-protocol::Answer Process::finish(std::string& words) {
-  const protocol::Header header{protocol::Command::finish, 0, 0};
-  const char* at = reinterpret_cast<const char*>(&header);
-  unsent_.insert(unsent_.end(), at, at + sizeof header);
-  protocol::Answer answer{};
-  if (!flush() || !receive(&answer, sizeof answer)) {
+// Takes the words, if there are any.
+int Process::answer(std::string& words, void* to, size_t to_pitch, size_t width, size_t rows) {
+  working_ = false;
+  protocol::Answer head{};
+  if (!flush() || !receive(&head, sizeof head)) {
     words = "the device's process has ended";
-    return {cudaErrorLaunchFailure, 0};
+    return cudaErrorLaunchFailure;
   }
-  words.resize(answer.text_bytes);
-  receive(words.data(), words.size());
-  return answer;
+  if (head.error != 0) {
+    words.resize(head.bytes);
+    receive(words.data(), words.size());
+  } else {
+    for (size_t row = 0; row < rows; ++row) receive(static_cast<char*>(to) + row * to_pitch, width);
+  }
+  return head.error;
 }
 
-void Process::read(void* to, uint64_t address, size_t bytes) const {
-  for (size_t at = 0; at < bytes;) {
-    const ssize_t n = pread(memory_, static_cast<char*>(to) + at, bytes - at, off_t(address - window_ + at));
-    if (n <= 0) refuse(cudaErrorUnknown, "pread into the host's memory");
-    at += size_t(n);
-  }
+int Process::finish(std::string& words) {
+  if (!working_) return 0;
+  append({protocol::Command::finish, 0, 0}, nullptr, 0, "", nullptr);
+  return answer(words, nullptr, 0, 0, 0);
+}
+
+int Process::read(const protocol::Read& record, const std::string& name, void* to, size_t to_pitch,
+                  std::string& words) {
+  send(protocol::Command::read, record, name);
+  return answer(words, to, to_pitch, record.width, record.rows);
 }
 
 }  // namespace software_cuda

@@ -1,5 +1,5 @@
-// What the host process tells the device process, over a socket. Records follow each other; the device answers `finish`
-// alone, and does nothing more once something failed.
+// What the host process tells the device process, over a socket. Records follow each other; the device answers `read`
+// and `finish` alone, and does nothing more once something failed.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace protocol {
 
-enum class Command : uint32_t { map, unmap, fill, copy, write, kernel, gemm, finish };
+enum class Command : uint32_t { map, unmap, fill, copy, write, kernel, gemm, read, finish };
 
 struct Header {
   Command command;
@@ -33,6 +33,9 @@ struct Copy {
 struct Write {
   uint64_t to, to_pitch, width, rows;
 };
+struct Read {
+  uint64_t from, from_pitch, width, rows;
+};
 struct Kernel {
   uint32_t number, grid[3], block[3], padding;
   uint64_t seed;
@@ -55,9 +58,11 @@ struct Gemm {
   uint32_t is_double;
 };
 
+// Words follow where there is an error; else what was read.
 struct Answer {
   int32_t error;
-  uint32_t text_bytes;
+  uint32_t padding;
+  uint64_t bytes;
 };
 
 // At the start, once per kernel; the last one has no name.

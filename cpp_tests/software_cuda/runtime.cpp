@@ -82,13 +82,9 @@ void copy(const std::string& name, const CopyArguments& args, cudaStream_t handl
       const OperationRef done = context.enqueue(stream, name, [=](Context& on) {
         if (!on.owns(name, "the source", from, from_bytes)) return;
         std::string words;
-        const protocol::Answer answer = on.process->finish(words);
-        if (answer.error != 0) {
-          on.fail(answer.error, words);
-          return;
-        }
-        for (size_t row = 0; row < args.rows; ++row)
-          on.process->read(static_cast<char*>(args.to) + row * args.to_pitch, from + row * args.from_pitch, args.width);
+        const protocol::Read record{from, args.from_pitch, args.width, args.rows};
+        const int failed = on.process->read(record, name, args.to, args.to_pitch, words);
+        if (failed != 0) on.fail(failed, words);
       });
       context.settle({done});
       context.check();
