@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python test-peft test-replay fuzz \
+.PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python software-cuda test-peft test-replay fuzz \
   ptx test-ptx gpu-check gpu-check-bundle test-instructions instructions-baseline cargo tools python clean
 
 LIBRARY := target/release/libadalora.so
@@ -49,8 +49,13 @@ test-cpp-sanitized: tools lib-sanitized
 	cmake --build target/cpp-sanitized
 	ctest --test-dir target/cpp-sanitized --output-on-failure
 
+# What stands for CUDA where there is no GPU, in target/cpp/software_cuda/lib.
+software-cuda: tools lib
+	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	cmake --build target/cpp --target software_cublas software_cuda_device
+
 # Models are tiny, and some tests start several processes: more threads would wait for each other by spinning.
-test-python: python
+test-python: python software-cuda
 	cd python_shim && OMP_NUM_THREADS=1 $(abspath $(PYTHON)) -m pytest -q
 
 # PEFT's own AdaLoRA tests, without adalora and with it.
@@ -58,9 +63,10 @@ test-peft: python
 	$(PYTHON) -m pip install --quiet --constraint python_shim/constraints.txt './python_shim[pefts-tests]'
 	$(PYTHON) python_shim/tests/peft/pefts_own.py --folder target/pefts-tests
 
-test-replay: tools lib
-	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float64 $(GOLDEN)
-	$(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --dtype float32 $(GOLDEN)
+test-replay: tools lib software-cuda
+	for device in cpu software-cuda; do for dtype in float64 float32; do \
+	  echo "$$device $$dtype"; $(PYTHON) python_shim/tests/replay.py --library $(LIBRARY) --device $$device --dtype $$dtype $(GOLDEN); \
+	done; done
 
 # The kernels that the library carries: the first target compiles kernels.cu, the second checks that it was done.
 ptx: tools

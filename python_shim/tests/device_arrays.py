@@ -23,6 +23,11 @@ def folder(software: bool) -> str | Path | None:
     return os.environ.get("ADALORA_CUDA_FOLDER") or (SOFTWARE if software else None)
 
 
+def is_there() -> bool:
+    """Whether the tests' CUDA is there."""
+    return (Path(folder(software=True)) / "libcudart.so.13").is_file()
+
+
 class Device:
     """A CUDA device, and functions of the runtime: those of the library that the context's description names.
 
@@ -127,6 +132,8 @@ class DeviceArray:
     def _copy(self, to: int, source: int, kind: int) -> None:
         if self.nbytes:
             size, kind = ctypes.c_size_t(self.nbytes), ctypes.c_int(kind)
-            # Waits for all streams, whatever they are: the default one does not wait for every other.
+            # The copy is in the default stream, which `Device.stream` does not wait for, and which
+            # need not have ended when the call returns. Nor does it wait for those streams.
             self.device.synchronize()
             self.device.call("cudaMemcpy", ctypes.c_void_p(to), ctypes.c_void_p(source), size, kind)
+            self.device.synchronize()

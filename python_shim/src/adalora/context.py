@@ -39,8 +39,8 @@ class Context(NativeObject):
             are taken, else those of NVIDIA's wheels, else those that the loader finds.
         tf32: CUDA: let products of float32 be computed in TF32.
         to_device: CUDA: makes an array on the device of one of NumPy's, such as `cupy.asarray`, for what the package
-            makes: workspace, state, zeros, numbers. It may be called in any stream in which the context is used. None:
-            those arrays are to be given, too.
+            makes: workspace, state, zeros, numbers. What it returns is ready, or tells by DLPack or
+            `__cuda_array_interface__` in which stream it will be. None: those arrays are to be given, too.
         library: the native library, or its file; None: see `adalora.load`.
 
     """

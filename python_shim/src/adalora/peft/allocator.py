@@ -134,7 +134,7 @@ class RankAllocator:
         over._place_with_gradients("update_ipt")
         # The schedule does not matter to it before its end.
         step = torch.zeros((), dtype=torch.int64, device=over._step.device)
-        values = StepValues(step, has_grad=over._has_grad, context=over._native.context)
+        values = StepValues(step, has_grad=over._has_grad, context=over._native.context, stream=over._stream)
         over._native.update(values, with_adamw=False, stream=over._stream)
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:

@@ -605,11 +605,12 @@ class RankAllocator:
         self.found_inf = value(torch.float32)
         self._has_grad = torch.ones(len(adapters), dtype=torch.uint8, device=device)
         self._present: list[bool] | None = [True] * len(adapters)
-        values = partial(StepValues, self._step, has_grad=self._has_grad, context=on)
+        stream = current_stream(device)
+        values = partial(StepValues, self._step, has_grad=self._has_grad, context=on, stream=stream)
         self._importance_values = values()
         self._noted_values = values(found_inf=self.found_inf)
         self._adamw_values = values(grad_factor=self.grad_factor, found_inf=self.found_inf)
-        self._streams = {current_stream(device)}
+        self._streams = {stream}
         # What is bound: addresses and types; nothing yet.
         self._places: list[int] = []
         self._dtypes: list[torch.dtype] = []

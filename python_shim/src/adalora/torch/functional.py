@@ -36,6 +36,8 @@ def _(tensor: Tensor, name: str, lease: Lease) -> View:
         raise InvalidArgumentError(f"{name}: expected a tensor of type cpu or cuda, found one on {tensor.device}")
     device = tensor.device.index if tensor.device.type == "cuda" else None
     lease.check(device, name)
+    if device is not None:
+        lease.runtime.order(device, lease.stream, current_stream(tensor.device))
     size = tensor.element_size()
     strides = tuple(stride * size for stride in tensor.stride())
     kind = str(tensor.dtype).removeprefix("torch.")
