@@ -46,7 +46,8 @@ std::string described(const adalora_context_desc_t& desc) {
 }
 
 void expect_words(const std::string& text, const std::vector<std::string>& words) {
-  for (const std::string& word : words) EXPECT_NE(text.find(word), std::string::npos) << "no '" << word << "': " << text;
+  for (const std::string& word : words)
+    EXPECT_NE(text.find(word), std::string::npos) << "no '" << word << "': " << text;
 }
 
 TEST(NamedFolder, DescribesWhatItTookAndTakesNothingElse) {
@@ -58,7 +59,8 @@ TEST(NamedFolder, DescribesWhatItTookAndTakesNothingElse) {
 
 TEST(NamedFolder, MayBeSeveral) {
   const std::string both = folder("nothing") + ":" + folder("cudart13") + "::" + folder("cublas13") + ":";
-  expect_words(described(cuda(both.c_str())), {folder("cudart13") + "/libcudart.so.13", folder("cublas13") + "/libcublas.so.13"});
+  expect_words(described(cuda(both.c_str())),
+               {folder("cudart13") + "/libcudart.so.13", folder("cublas13") + "/libcublas.so.13"});
 }
 
 TEST(NamedFolder, TakesTheNewestVersionThatIsWhole) {
@@ -81,9 +83,11 @@ TEST(NamedFolder, SaysWhatIsMissing) {
       {"too_old", {"CUDA 11.8", "cuBLAS 11.1.2", "expected both of CUDA 13 or both of CUDA 12"}},
       {"no_streams", {folder("no_streams") + "/libcudart.so.13 lacks cudaStreamSynchronize, cudaStreamIsCapturing"}},
       {"no_64", {folder("no_64") + "/libcublas.so.12 lacks cublasGemmEx_64"}},
-      {"no_device", {"cudaGetDeviceCount: cudaErrorNoDevice (100): no CUDA-capable device is detected", "libcudart 13.0"}},
+      {"no_device",
+       {"cudaGetDeviceCount: cudaErrorNoDevice (100): no CUDA-capable device is detected", "libcudart 13.0"}},
       {"no_driver", {"cudaErrorInsufficientDriver (35)", "no CUDA driver", folder("no_driver") + "/libcublas.so.13"}},
       {"old_driver", {"found a driver of CUDA 11.4, expected 12.0 or later", "libcudart 12.4"}},
+      {"old_device", {"Stub of a device", "compute capability 7.0, expected 7.5 or later"}},
       {"poor_driver", {"the driver lacks cuLaunchKernel", "a driver of CUDA 12.4"}},
   };
   for (const Case& c : cases) {
@@ -96,7 +100,13 @@ TEST(NamedFolder, SaysWhatIsMissing) {
 }
 
 TEST(NamedFolder, MayHaveNoName) {
-  for (const char* none : {"", ":"}) expect_refused({"no folder", unavailable, {"libcudart.so.13 (not there)"}}, cuda(none));
+  for (const char* none : {"", ":"})
+    expect_refused({"no folder", unavailable, {"libcudart.so.13 (not there)"}}, cuda(none));
+}
+
+TEST(Device, MayBeTheOldestThatServes) {
+  const std::string place = folder("oldest_device");
+  expect_words(described(cuda(place.c_str())), {"compute capability 7.5", "driver of CUDA 12.0"});
 }
 
 TEST(Device, IsOneThatThereIs) {
@@ -148,7 +158,8 @@ TEST(LoadedLibraries, AreNotMixedWithAnotherVersion) {
       dlclose(system);  // the machine has one
       return;
     }
-    expect_refused({"half", unavailable, {"libcublas.so.13: ", folder("cudart13") + "/libcublas.so.13: "}}, cuda(nullptr));
+    expect_refused({"half", unavailable, {"libcublas.so.13: ", folder("cudart13") + "/libcublas.so.13: "}},
+                   cuda(nullptr));
     EXPECT_EQ(std::string(adalora_last_error()).find(".so.12"), std::string::npos) << adalora_last_error();
   });
 }
@@ -165,7 +176,8 @@ TEST(LoadedLibraries, HaveTheLentHandle) {
   in_a_process_with({}, [] {
     adalora_context_desc_t desc = cuda(nullptr);
     desc.cublas_handle = &desc;
-    expect_refused({"no cuBLAS", ADALORA_ERROR_INVALID_ARGUMENT, {"desc.cublas_handle", "no cuBLAS in this process"}}, desc);
+    expect_refused({"no cuBLAS", ADALORA_ERROR_INVALID_ARGUMENT, {"desc.cublas_handle", "no cuBLAS in this process"}},
+                   desc);
   });
 }
 
@@ -185,8 +197,9 @@ TEST(Nowhere, SaysEveryNameThatWasTried) {
         dlclose(system);  // the machine has one
         return;
       }
-    expect_refused({"nothing", unavailable, {"libcudart.so.13", "libcublas.so.13", "libcudart.so.12", "libcublas.so.12"}},
-                   cuda(nullptr));
+    const Refusal refusal{
+        "nothing", unavailable, {"libcudart.so.13", "libcublas.so.13", "libcudart.so.12", "libcublas.so.12"}};
+    expect_refused(refusal, cuda(nullptr));
   });
 }
 

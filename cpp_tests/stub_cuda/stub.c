@@ -13,6 +13,9 @@
 #ifndef DEVICES
 #define DEVICES 1
 #endif
+#ifndef CAPABILITY
+#define CAPABILITY 90
+#endif
 #ifndef COUNT_ERROR
 #define COUNT_ERROR 0
 #endif
@@ -36,8 +39,8 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
   if (device >= DEVICES) abort();
   switch (attribute) {
     case 16: *value = 132; return 0;
-    case 75: *value = 9; return 0;
-    case 76: *value = 0; return 0;
+    case 75: *value = CAPABILITY / 10; return 0;
+    case 76: *value = CAPABILITY % 10; return 0;
     default: abort();
   }
 }

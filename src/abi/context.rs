@@ -18,7 +18,7 @@ pub struct Context(pub(super) Handle<Arc<context::Context>>);
 /// @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
 /// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this
 /// library or machine lacks the backend, with what was looked for: on CUDA also where there is no driver, one older than
-/// that of CUDA 12.0, or no device of that number.
+/// that of CUDA 12.0, no device of that number, or one of a compute capability below 7.5.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_context_create(
     desc: *const ContextDesc,
@@ -35,8 +35,8 @@ pub unsafe extern "C" fn adalora_context_create(
 }
 
 /// Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, the
-/// device's primary context, the kernels, and four cuBLAS handles where none was lent, so that four calls at a time
-/// enqueue products and others wait for them. May allocate and synchronise; nothing else that takes a stream does.
+/// device's primary context, the kernels, and two cuBLAS handles where none was lent, so that two calls at a time enqueue
+/// products and others wait for them. May allocate and synchronise; nothing else that takes a stream does.
 ///
 /// @param stream A `cudaStream_t` on CUDA; not read on the CPU.
 /// @return `ADALORA_ERROR_INVALID_STATE` where the stream is being captured into a graph: prepare first.

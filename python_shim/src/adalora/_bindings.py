@@ -1440,8 +1440,8 @@ prepare; on CUDA the libraries are found and the driver started.
 `adalora_context_destroy`.
 @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range;
 `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this library or machine lacks the backend, with what was
-looked for: on CUDA also where there is no driver, one older than that of CUDA 12.0, or no device of
-that number.
+looked for: on CUDA also where there is no driver, one older than that of CUDA 12.0, no device of
+that number, or one of a compute capability below 7.5.
 """,
     ),
     "adalora_context_prepare": Function(
@@ -1452,8 +1452,8 @@ that number.
             ("stream", c_void_p),
         ),
         doc="""Takes now what the context would otherwise take at its first computation: the pool's threads on the
-CPU; on CUDA, the device's primary context, the kernels, and four cuBLAS handles where none was lent,
-so that four calls at a time enqueue products and others wait for them. May allocate and synchronise;
+CPU; on CUDA, the device's primary context, the kernels, and two cuBLAS handles where none was lent,
+so that two calls at a time enqueue products and others wait for them. May allocate and synchronise;
 nothing else that takes a stream does.
 
 @param stream A `cudaStream_t` on CUDA; not read on the CPU.

@@ -14,8 +14,11 @@ use std::sync::{Arc, OnceLock};
 
 /// The kernels, as the driver compiles them for its device.
 const PTX: &str = concat!(include_str!("kernels.ptx"), "\0");
-/// cuBLAS handles of our own: so many calls enqueue products at the same time, and others wait.
-const HANDLES: usize = 4;
+/// cuBLAS handles of our own: so many calls enqueue products at the same time, and others wait. cuBLAS takes tens of
+/// MiB for each.
+const HANDLES: usize = 2;
+/// The compute capability that the PTX is for.
+const OLDEST_CAPABILITY: [c_int; 2] = [7, 5];
 /// What cuBLAS asks of its workspace.
 const WORKSPACE_ALIGNMENT: usize = 256;
 /// Threads of a block.
@@ -143,6 +146,19 @@ impl Device {
             attribute(cudaDeviceAttr::cudaDevAttrComputeCapabilityMajor)?,
             attribute(cudaDeviceAttr::cudaDevAttrComputeCapabilityMinor)?,
         ];
+        if capability < OLDEST_CAPABILITY {
+            return Err(Error::new(
+                Code::BackendUnavailable,
+                format!(
+                    "desc.device: found device {number}, {}, of compute capability {}.{}, expected {}.{} or later",
+                    name_of(&libraries, number)?,
+                    capability[0],
+                    capability[1],
+                    OLDEST_CAPABILITY[0],
+                    OLDEST_CAPABILITY[1],
+                ),
+            ));
+        }
         let description = format!(
             "CUDA backend, device {number}: {} (compute capability {}.{}, {multiprocessors} multiprocessors), {}",
             name_of(&libraries, number)?,
