@@ -25,6 +25,7 @@ constexpr int channel = 3;  // a file descriptor that the host process gives
 
 constexpr int illegal_address = 700, misaligned_address = 716, launch_failure = 719;
 constexpr unsigned char unset = 0xff;  // a NaN in every type of element
+constexpr uint64_t page = 4096;
 
 uint64_t window, window_bytes;  // where the memory lies
 int error = 0;
@@ -150,11 +151,15 @@ void check_margins(const Map& map) {
          doing + ": something was written past the end of an allocation of " + std::to_string(map.bytes) + " bytes");
 }
 
-void run(const Map& map) {
-  for (uint64_t at = 0; at < map.page_bytes; at += unset_bytes)
-    if (mmap(pointer(map.pages + at), std::min(unset_bytes, map.page_bytes - at), PROT_READ | PROT_WRITE,
-             MAP_PRIVATE | MAP_FIXED, unset_file, 0) == MAP_FAILED)
+void unset_all(uint64_t pages, uint64_t bytes) {
+  for (uint64_t at = 0; at < bytes; at += unset_bytes)
+    if (mmap(pointer(pages + at), std::min(unset_bytes, bytes - at), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED,
+             unset_file, 0) == MAP_FAILED)
       quit("mmap of an allocation");
+}
+
+void run(const Map& map) {
+  unset_all(map.pages, map.page_bytes);
   allocations[map.address] = map;
 }
 
@@ -168,6 +173,14 @@ void run(const Unmap& unmap) {
 }
 
 void run(const Fill& fill) {
+  // What is large costs less as pages that nobody has written to.
+  if (fill.byte == unset && fill.rows == 1 && fill.width >= unset_bytes) {
+    const uint64_t first = (fill.address + page - 1) / page * page, last = (fill.address + fill.width) / page * page;
+    memset(pointer(fill.address), unset, first - fill.address);
+    unset_all(first, last - first);
+    memset(pointer(last), unset, fill.address + fill.width - last);
+    return;
+  }
   for (uint64_t row = 0; row < fill.rows; ++row)
     memset(pointer(fill.address + row * fill.pitch), int(fill.byte), fill.width);
 }

@@ -32,6 +32,14 @@ void refuse_in_capture(cudaStream_t stream, const std::string& what) {
   refuse(cudaErrorStreamCaptureUnsupported, what + " while the stream captures");
 }
 
+void enqueue_fill(Context& context, cudaStream_t stream, const std::string& name, const protocol::Fill& record) {
+  const uint64_t bytes = extent(record.pitch, record.width, record.rows);
+  context.enqueue(stream, name, [=](Context& on) {
+    if (on.owns(name, "the destination", record.address, bytes))
+      on.process->send(protocol::Command::fill, record, name);
+  });
+}
+
 void copy(const std::string& name, const CopyArguments& args, cudaStream_t handle) {
   Context& context = runtime_context();
   const cudaStream_t stream = find_stream(context, handle);
@@ -65,7 +73,10 @@ void copy(const std::string& name, const CopyArguments& args, cudaStream_t handl
     }
     case cudaMemcpyHostToDevice: {
       refuse_in_capture(stream, "a copy from pageable memory");
-      // Pageable memory is staged by the call.
+      // Pageable memory is staged by the call; a large one of equal bytes costs less as a fill.
+      const char* first = static_cast<const char*>(args.from);
+      if (args.rows == 1 && args.width > 1 << 16 && memcmp(first, first + 1, args.width - 1) == 0)
+        return enqueue_fill(context, stream, name, {to, args.width, args.width, 1, uint32_t(*first & 0xff), 0});
       const auto staged = std::make_shared<std::vector<char>>(args.width * args.rows);
       for (size_t row = 0; row < args.rows; ++row)
         memcpy(staged->data() + row * args.width, static_cast<const char*>(args.from) + row * args.from_pitch,
@@ -104,11 +115,7 @@ void fill(const std::string& name, void* pointer, size_t pitch, int value, size_
            "a width of " + std::to_string(width) + " with a pitch of " + std::to_string(pitch));
   if (width == 0 || rows == 0) return;
   if (!is_device_address(pointer)) refuse(cudaErrorInvalidValue, "not a device's memory");
-  const uint64_t to = address_of(pointer), bytes = extent(pitch, width, rows);
-  const protocol::Fill record{to, pitch, width, rows, uint32_t(value & 0xff), 0};
-  context.enqueue(stream, name, [=](Context& on) {
-    if (on.owns(name, "the destination", to, bytes)) on.process->send(protocol::Command::fill, record, name);
-  });
+  enqueue_fill(context, stream, name, {address_of(pointer), pitch, width, rows, uint32_t(value & 0xff), 0});
 }
 
 int attribute_value(int attribute) {

@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdlib>
@@ -351,6 +352,22 @@ TEST_F(SoftwareCuda, PageableMemoryIsReadByTheCall) {
   values.assign(8, 2.0f);
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   EXPECT_EQ(host(memory, 8), std::vector<float>(8, 1.0f));
+}
+
+// Large fills and uploads of equal bytes take another way.
+TEST_F(SoftwareCuda, LargeFillsAreExact) {
+  constexpr size_t bytes = (5 << 20) + 77;
+  for (bool uploaded : {false, true})
+    for (int byte : {0xff, 0x61}) {
+      char* memory = device(std::vector<char>(bytes, 'b'));
+      const std::vector<char> filling(bytes - 300, char(byte));
+      ASSERT_EQ(uploaded ? cudaMemcpy(memory + 100, filling.data(), filling.size(), cudaMemcpyHostToDevice)
+                         : cudaMemset(memory + 100, byte, filling.size()),
+                cudaSuccess);
+      std::vector<char> expected(bytes, 'b');
+      std::copy(filling.begin(), filling.end(), expected.begin() + 100);
+      EXPECT_TRUE(host(memory, bytes) == expected);
+    }
 }
 
 // ---- Streams -----------------------------------------------------------------------------------------------------
