@@ -46,7 +46,9 @@ class OverC:
         sizes = self.allocator.sizes(len(slices))
         state, workspace = (torch.zeros(n, dtype=torch.uint8, device=device) for n in (sizes.state, sizes.workspace))
         self.allocator.bind(slices, [hyper], state=state, workspace=workspace, stream=timer.stream)
-        self.values = adalora.StepValues(self.step_number, grad_factor=self.factor, found_inf=self.found_inf)
+        self.values = adalora.StepValues(
+            self.step_number, grad_factor=self.factor, found_inf=self.found_inf, context=self.on, stream=timer.stream
+        )
 
     def orthogonality(self) -> None:
         """The penalty and its gradient."""
