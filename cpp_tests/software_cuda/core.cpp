@@ -31,15 +31,16 @@ uint64_t reserve() {
 }
 
 struct Thread {
-  std::vector<Context*> stack;
-  int device = 0;
-  int64_t generation = 0;
+  ContextStack stack;
+  int device;
+  int64_t generation;
 };
 
 Thread& thread() {
-  thread_local Thread here;
+  thread_local Thread here{};
+  static_assert(std::is_trivially_destructible_v<Thread>);
   const int64_t generation = state().generation;
-  if (here.generation != generation) here = {{}, 0, generation};
+  if (here.generation != generation) here = Thread{{}, 0, generation};
   return here;
 }
 
@@ -120,11 +121,11 @@ void Context::fail(int code, const std::string& words) {
   tell(words + ": " + name_of(code) + " from now on");
 }
 
-std::vector<Context*>& context_stack() { return thread().stack; }
+ContextStack& context_stack() { return thread().stack; }
 int& runtime_device() { return thread().device; }
 
 Context* current() {
-  std::vector<Context*>& stack = context_stack();
+  ContextStack& stack = context_stack();
   return stack.empty() ? nullptr : stack.back();
 }
 

@@ -218,11 +218,28 @@ struct State {
 State& state();
 uint64_t random_below(uint64_t n);
 
+// A thread's, without a destructor: static objects' destructors still call.
+class ContextStack {
+ public:
+  bool empty() const { return depth_ == 0; }
+  Context*& back() { return contexts_[depth_ - 1]; }
+  void pop_back() { --depth_; }
+  void push_back(Context* context) {
+    if (depth_ == sizeof contexts_ / sizeof *contexts_)
+      refuse(cudaErrorInvalidValue, "contexts are pushed, not popped");
+    contexts_[depth_++] = context;
+  }
+
+ private:
+  Context* contexts_[256];
+  size_t depth_;
+};
+
 // The calling thread's.
 Context* current();          // by the driver; null: none
 Context& needs_current();    // the driver's calls
 Context& runtime_context();  // made current where none is
-std::vector<Context*>& context_stack();
+ContextStack& context_stack();
 int& runtime_device();
 
 // Any device's, or null.

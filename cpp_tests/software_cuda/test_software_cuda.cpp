@@ -1001,4 +1001,25 @@ TEST_F(SoftwareCuda, IsOneInstance) {
   EXPECT_EQ(dlsym(opened, "cublasCreate_v2"), reinterpret_cast<void*>(cublasCreate_v2));
 }
 
+// Destroyed after main, and after the thread's own variables.
+struct Late {
+  ~Late() {
+    cudaFree(nullptr);
+    if (stream != nullptr && cudaStreamDestroy(stream) != cudaSuccess) _exit(1);
+    _exit(7);
+  }
+  cudaStream_t stream = nullptr;
+};
+
+TEST_F(SoftwareCuda, AnswersAtTheEndOfTheProcess) {
+  EXPECT_EXIT(
+      {
+        static Late late;
+        software_cuda_reset();
+        cudaStreamCreateWithFlags(&late.stream, 0);
+        exit(0);
+      },
+      testing::ExitedWithCode(7), "");
+}
+
 }  // namespace
