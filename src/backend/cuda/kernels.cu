@@ -503,16 +503,60 @@ struct Mask {
 
 namespace {
 
-template <class Visit>
-__device__ inline void for_each_column(const Mask& mask, int64_t t, int64_t quad, int64_t columns, Visit visit) {
+template <class Element>
+struct alignas(4 * sizeof(Element)) Four {
+  Element of[4];
+};
+
+// Four columns of a token, from `column` on, which is below 0 where a draw begins before the share does.
+struct Draw {
+  int64_t token, column;
+  bool stays[4];
+  bool is_whole;  // all four are columns
+};
+
+// The draws of a grid that goes over tokens, `row_blocks` blocks for each.
+template <class Arguments, class Visit>
+__device__ inline void for_each_draw(const Arguments& args, Visit visit) {
+  const Mask& mask = args.mask;
   const uint64_t seed = *mask.seed, offset = *mask.offset;
-  const int64_t word = mask.first_column / 4 + quad;
-  const Philox drawn = philox({{uint32_t(word), uint32_t(mask.token0 + t), uint32_t(offset), uint32_t(offset >> 32)}},
-                              uint32_t(seed), uint32_t(seed >> 32));
-  for (int32_t i = 0; i < 4; ++i) {
-    const int64_t column = 4 * word + i - mask.first_column;
-    if (column >= 0 && column < columns) visit(column, drawn.word[i] >= mask.threshold);
+  const int64_t first_word = mask.first_column / 4;
+  for (int64_t block = blockIdx.x; block < args.tokens * args.row_blocks; block += args.blocks) {
+    Draw draw;
+    draw.token = block / args.row_blocks;
+    const int64_t word = first_word + (block - draw.token * args.row_blocks) * THREADS + threadIdx.x;
+    draw.column = 4 * word - mask.first_column;
+    if (draw.column >= args.columns) continue;
+    const uint32_t token = uint32_t(mask.token0 + draw.token);
+    const Philox drawn = philox({{uint32_t(word), token, uint32_t(offset), uint32_t(offset >> 32)}}, uint32_t(seed),
+                                uint32_t(seed >> 32));
+    UNROLL for (int32_t i = 0; i < 4; ++i) draw.stays[i] = drawn.word[i] >= mask.threshold;
+    draw.is_whole = draw.column >= 0 && draw.column + 4 <= args.columns;
+    visit(draw);
   }
+}
+
+// The four of a row, at once where they are aligned to four; what is no column is zero, and not written.
+template <class Element>
+__device__ inline Four<Element> read_four(const void* row, const Draw& draw, int64_t columns, bool is_aligned) {
+  const Element* from = static_cast<const Element*>(row) + draw.column;
+  if (draw.is_whole && is_aligned) return *reinterpret_cast<const Four<Element>*>(from);
+  Four<Element> four = {};
+  UNROLL for (int32_t i = 0; i < 4; ++i)
+    if (draw.column + i >= 0 && draw.column + i < columns) four.of[i] = from[i];
+  return four;
+}
+
+template <class Element>
+__device__ inline void write_four(void* row, const Draw& draw, int64_t columns, bool is_aligned,
+                                  const Four<Element>& four) {
+  Element* to = static_cast<Element*>(row) + draw.column;
+  if (draw.is_whole && is_aligned) {
+    *reinterpret_cast<Four<Element>*>(to) = four;
+    return;
+  }
+  UNROLL for (int32_t i = 0; i < 4; ++i)
+    if (draw.column + i >= 0 && draw.column + i < columns) to[i] = four.of[i];
 }
 
 }  // namespace
@@ -524,7 +568,7 @@ struct PassDrop {
   void* to;
   int64_t x_stride, to_stride, tokens, columns;
   int64_t row_blocks, blocks;
-  int32_t dtype, reserved;
+  int32_t dtype, is_aligned;
 };
 static_assert(sizeof(Mask) == 40 && sizeof(PassDrop) == 112, "as in pass.rs");
 
@@ -532,15 +576,14 @@ namespace {
 
 template <class Element>
 __device__ inline void drop(const PassDrop& args) {
-  for (int64_t block = blockIdx.x; block < args.tokens * args.row_blocks; block += args.blocks) {
-    const int64_t t = block / args.row_blocks, quad = (block - t * args.row_blocks) * THREADS + threadIdx.x;
-    const Element* from = static_cast<const Element*>(args.x) + t * args.x_stride;
-    Element* to = static_cast<Element*>(args.to) + t * args.to_stride;
-    if (4 * quad < args.columns + 3)
-      for_each_column(args.mask, t, quad, args.columns, [&](int64_t column, bool stays) {
-        to[column] = stays ? from[column] : Element{};
-      });
-  }
+  for_each_draw(args, [&](const Draw& draw) {
+    const Element* from = static_cast<const Element*>(args.x) + draw.token * args.x_stride;
+    Four<Element> four = read_four<Element>(from, draw, args.columns, args.is_aligned);
+    UNROLL for (int32_t i = 0; i < 4; ++i)
+      if (!draw.stays[i]) four.of[i] = Element{};
+    Element* to = static_cast<Element*>(args.to) + draw.token * args.to_stride;
+    write_four(to, draw, args.columns, args.is_aligned, four);
+  });
 }
 
 }  // namespace
@@ -556,7 +599,7 @@ KERNEL(pass_drop, PassDrop) {
 // Adds one share of dx, its dropped elements left out, to those before it; the last is rounded to dx.
 struct PassUndrop {
   Mask mask;
-  const void* share;  // of the compute type
+  const void* share;   // of the compute type
   const void* before;  // likewise; null: nothing
   void* after;         // likewise; null: this is the last one
   void* dx;
@@ -564,38 +607,44 @@ struct PassUndrop {
   int64_t stride;  // of the three
   int64_t dx_stride, tokens, columns;
   int64_t row_blocks, blocks;
-  int32_t dx_dtype, is_double;
+  int32_t dx_dtype, is_aligned;
 };
 static_assert(sizeof(PassUndrop) == 136, "as in pass.rs");
 
 namespace {
 
-template <class T>
+template <class T, class Dx, int32_t DTYPE>
 __device__ inline void undrop(const PassUndrop& args) {
-  for (int64_t block = blockIdx.x; block < args.tokens * args.row_blocks; block += args.blocks) {
-    const int64_t t = block / args.row_blocks, quad = (block - t * args.row_blocks) * THREADS + threadIdx.x;
-    if (4 * quad >= args.columns + 3) continue;
-    for_each_column(args.mask, t, quad, args.columns, [&](int64_t column, bool stays) {
-      const int64_t at = t * args.stride + column;
-      T value = stays ? static_cast<const T*>(args.share)[at] * T(args.multiplier) : T(0);
-      if (args.before != nullptr) value += static_cast<const T*>(args.before)[at];
-      if (args.after != nullptr) {
-        static_cast<T*>(args.after)[at] = value;
-      } else {
-        const int64_t to = t * args.dx_stride + column;
-        store<T>(args.dx, args.dx_dtype, to, load<T>(args.dx, args.dx_dtype, to) + value);
-      }
-    });
-  }
+  for_each_draw(args, [&](const Draw& draw) {
+    const int64_t row = draw.token * args.stride, columns = args.columns;
+    const bool is_aligned = args.is_aligned;
+    const Four<T> share = read_four<T>(static_cast<const T*>(args.share) + row, draw, columns, is_aligned);
+    Four<T> sum = {};
+    if (args.before != nullptr)
+      sum = read_four<T>(static_cast<const T*>(args.before) + row, draw, columns, is_aligned);
+    UNROLL for (int32_t i = 0; i < 4; ++i)
+      if (draw.stays[i]) sum.of[i] += share.of[i] * T(args.multiplier);
+    if (args.after != nullptr) {
+      write_four(static_cast<T*>(args.after) + row, draw, columns, is_aligned, sum);
+      return;
+    }
+    Dx* to = static_cast<Dx*>(args.dx) + draw.token * args.dx_stride;
+    Four<Dx> dx = read_four<Dx>(to, draw, columns, is_aligned);
+    UNROLL for (int32_t i = 0; i < 4; ++i)
+      store<T>(dx.of, DTYPE, i, load<T>(dx.of, DTYPE, i) + sum.of[i]);
+    write_four(to, draw, columns, is_aligned, dx);
+  });
 }
 
 }  // namespace
 
 KERNEL(pass_undrop, PassUndrop) {
-  if (args.is_double)
-    undrop<double>(args);
-  else
-    undrop<float>(args);
+  switch (args.dx_dtype) {
+    case FLOAT64: undrop<double, double, FLOAT64>(args); break;
+    case FLOAT32: undrop<float, float, FLOAT32>(args); break;
+    case BFLOAT16: undrop<float, bfloat16, BFLOAT16>(args); break;
+    default: undrop<float, float16, FLOAT16>(args);
+  }
 }
 
 namespace {

@@ -226,6 +226,16 @@ struct Mask {
     token0: i64,
 }
 
+impl Mask {
+    /// Whether the four columns of a draw can be read from a matrix at once.
+    fn is_aligned(&self, matrix: &Matrix) -> i32 {
+        let four = 4 * matrix.dtype.size();
+        let aligned =
+            self.first_column % 4 == 0 && matrix.row_stride.is_multiple_of(4) && matrix.data.0.is_multiple_of(four);
+        i32::from(aligned)
+    }
+}
+
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct PassDrop {
@@ -239,7 +249,7 @@ struct PassDrop {
     row_blocks: i64,
     blocks: i64,
     dtype: i32,
-    reserved: i32,
+    is_aligned: i32,
 }
 
 #[derive(Clone, Copy)]
@@ -258,7 +268,7 @@ struct PassUndrop {
     row_blocks: i64,
     blocks: i64,
     dx_dtype: i32,
-    is_double: i32,
+    is_aligned: i32,
 }
 
 const _: () = {
@@ -315,18 +325,26 @@ pieces! {
     GradientPiece: |p| p.blocks;
 }
 
+/// Pieces of one launch.
+type Chunk<P> = ArrayVec<P, PIECES>;
+
 /// Launches pieces, as many at a time as fit: `launch` takes them, how many there are, and their blocks.
-fn in_launches<P: Piece>(pieces: &[P], launch: impl Fn([P; PIECES], i32, usize) -> Result<()>) -> Result<()> {
-    for chunk in pieces.chunks(PIECES) {
-        let mut array = filled(chunk);
+fn in_launches<P: Piece>(
+    mut pieces: impl Iterator<Item = P>,
+    launch: impl Fn([P; PIECES], i32, usize) -> Result<()>,
+) -> Result<()> {
+    loop {
+        let mut chunk: Chunk<P> = pieces.by_ref().take(PIECES).collect();
+        if chunk.is_empty() {
+            return Ok(());
+        }
         let mut blocks = 0;
-        for piece in &mut array[..chunk.len()] {
+        for piece in &mut chunk {
             piece.place(blocks as i64);
             blocks += piece.blocks();
         }
-        launch(array, chunk.len() as i32, blocks)?;
+        launch(filled(&chunk), chunk.len() as i32, blocks)?;
     }
-    Ok(())
 }
 
 /// Pieces in an array of their own, whose rest nobody reads.
@@ -597,6 +615,16 @@ impl Run<'_> {
         &self.layout.slots[unit.slots.clone()]
     }
 
+    /// Those of a unit that have triplets.
+    fn live(&self, unit: &Unit) -> impl Iterator<Item = &Slot> {
+        self.slots(unit).iter().filter(|s| s.rank > 0)
+    }
+
+    /// All that have triplets, with their units.
+    fn all_live(&self) -> impl Iterator<Item = (&Unit, &Slot)> {
+        self.layout.units.iter().flat_map(|unit| self.live(unit).map(move |slot| (unit, slot)))
+    }
+
     /// `1 / (1 - p)`.
     fn keep(&self, unit: &Unit) -> f64 {
         if unit.drops { 1.0 / (1.0 - self.call(&self.layout.slots[unit.slots.start]).geometry.dropout) } else { 1.0 }
@@ -647,8 +675,7 @@ impl Run<'_> {
                 reserved: 0,
             }
         };
-        let pieces: ArrayVec<_, MAX_GROUP> = self.layout.slots.iter().filter(|s| s.rank > 0).map(piece).collect();
-        in_launches(&pieces, |piece, pieces, blocks| {
+        in_launches(self.all_live().map(|(_, slot)| piece(slot)), |piece, pieces, blocks| {
             let args = PassMagnitudes { piece, pieces, reserved: 0 };
             self.session.launch(Kernel::PassMagnitudes, blocks, THREADS as u32, &args)
         })
@@ -709,7 +736,7 @@ impl Run<'_> {
         self.pack_piece(slot, false, expands, to, (segments * slot.padded, slot.padded))
     }
 
-    fn pack(&self, pieces: &[PackPiece]) -> Result<()> {
+    fn pack(&self, pieces: impl Iterator<Item = PackPiece>) -> Result<()> {
         in_launches(pieces, |piece, pieces, blocks| {
             let args = PassPack { piece, pieces, is_double: i32::from(is_double(&self.layout.elements)) };
             self.session.launch(Kernel::PassPack, blocks, THREADS as u32, &args)
@@ -753,7 +780,7 @@ impl Run<'_> {
             row_blocks: row_blocks as i64,
             blocks: blocks as i64,
             dtype: code(x.dtype),
-            reserved: 0,
+            is_aligned: mask.is_aligned(x),
         };
         self.session.launch(Kernel::PassDrop, blocks, THREADS as u32, &args)?;
         Ok(self.own(self.layout.dropped, self.layout.input_stride, false))
@@ -841,43 +868,37 @@ impl Run<'_> {
         }
     }
 
-    fn finish(&self, pieces: &[FinishPiece]) -> Result<()> {
+    fn finish(&self, mut pieces: impl Iterator<Item = FinishPiece>) -> Result<()> {
         let layout = &self.layout;
         let kernel = if is_double(&layout.elements) { Kernel::PassFinishFloat64 } else { Kernel::PassFinishFloat32 };
-        for chunk in pieces.chunks(PIECES) {
+        loop {
+            let chunk: Chunk<FinishPiece> = pieces.by_ref().take(PIECES).collect();
+            if chunk.is_empty() {
+                return Ok(());
+            }
             let args = PassFinish {
-                piece: filled(chunk),
+                piece: filled(&chunk),
                 tokens: self.pass.tokens as i64,
                 tile: layout.tile as i64,
                 tiles: layout.tiles as i64,
             };
             self.session.launch(kernel, chunk.len() * layout.tiles, THREADS as u32, &args)?;
         }
-        Ok(())
     }
 
     fn forward(&self) -> Result<()> {
         let (pass, layout) = (self.pass, &self.layout);
         let (tokens, pairs) = (pass.tokens, layout.elements.pairs());
         self.find_magnitudes()?;
-        let mut packs = ArrayVec::<PackPiece, { 2 * MAX_GROUP }>::new();
-        for unit in &layout.units {
-            for slot in self.slots(unit).iter().filter(|s| s.rank > 0) {
-                if pass.stages.project {
-                    packs.push(self.pack_a(unit, slot, false));
-                }
-                if pass.stages.expand {
-                    packs.push(self.pack_b(slot, true));
-                }
-            }
-        }
-        self.pack(&packs)?;
+        self.pack(self.all_live().flat_map(|(unit, slot)| {
+            let a = pass.stages.project.then(|| self.pack_a(unit, slot, false));
+            a.into_iter().chain(pass.stages.expand.then(|| self.pack_b(slot, true)))
+        }))?;
         for unit in layout.units.iter().filter(|u| u.rank > 0) {
             if let Some(x) = &pass.x {
                 self.project(unit, self.input(unit, x)?)?;
             }
-            let mut pieces = ArrayVec::<FinishPiece, MAX_GROUP>::new();
-            for slot in self.slots(unit).iter().filter(|s| s.rank > 0) {
+            self.finish(self.live(unit).map(|slot| {
                 let call = self.call(slot);
                 let from = match call.h {
                     Some(h) if !pass.stages.project => Self::saved(h, slot),
@@ -893,9 +914,8 @@ impl Run<'_> {
                     piece.weight = call.scaling;
                     piece.scales = self.magnitudes(slot, 1);
                 }
-                pieces.push(piece);
-            }
-            self.finish(&pieces)?;
+                piece
+            }))?;
             for slot in self.slots(unit) {
                 let Some(y) = self.call(slot).output.filter(|_| pass.stages.expand) else { continue };
                 let columns = pairs * slot.padded;
@@ -912,21 +932,11 @@ impl Run<'_> {
         // In two stages h is always there.
         let lacks_h = |unit: &Unit| pass.x.is_some() && self.slots(unit).iter().any(|s| self.call(s).h.is_none());
         self.find_magnitudes()?;
-        let mut packs = ArrayVec::<PackPiece, { 3 * MAX_GROUP }>::new();
-        for unit in &layout.units {
-            for slot in self.slots(unit).iter().filter(|s| s.rank > 0) {
-                if lacks_h(unit) {
-                    packs.push(self.pack_a(unit, slot, false));
-                }
-                if pass.stages.project {
-                    packs.push(self.pack_b(slot, false));
-                }
-                if dx.is_some() {
-                    packs.push(self.pack_a(unit, slot, true));
-                }
-            }
-        }
-        self.pack(&packs)?;
+        self.pack(self.all_live().flat_map(|(unit, slot)| {
+            let a = lacks_h(unit).then(|| self.pack_a(unit, slot, false));
+            let b = pass.stages.project.then(|| self.pack_b(slot, false));
+            a.into_iter().chain(b).chain(dx.is_some().then(|| self.pack_a(unit, slot, true)))
+        }))?;
         for (i, unit) in layout.units.iter().enumerate() {
             let x = match &pass.x {
                 Some(x) => Some(self.input(unit, x)?),
@@ -998,80 +1008,94 @@ impl Run<'_> {
 
     /// g, both weighted operands, and the gradient of E.
     fn finish_backward(&self, unit: &Unit, accumulate: bool, wants_dx: bool) -> Result<()> {
-        let (stages, layout) = (self.pass.stages, &self.layout);
-        let scaled = layout.elements.scaled();
-        let mut pieces = ArrayVec::<FinishPiece, { 2 * MAX_GROUP }>::new();
-        let mut reduced = ArrayVec::<ReducePiece, { 2 * MAX_GROUP }>::new();
-        let mut again = ArrayVec::<FinishPiece, { 2 * MAX_GROUP }>::new();
-        for slot in self.slots(unit).iter().filter(|s| s.rank > 0) {
-            let call = self.call(slot);
-            let reduce = ReducePiece {
-                sums: NULL,
-                peaks: NULL,
-                scales: NULL,
-                to: NULL,
-                to_stride: 0,
-                rank: slot.rank as i64,
-                first_block: 0,
-                to_dtype: 0,
-                reserved: 0,
-            };
-            let scale = |piece: &mut FinishPiece, reduce: &mut ReducePiece, of: usize| {
-                reduce.peaks = slot.peaks[of];
-                reduce.scales = slot.scales[of];
-                let mut scaled = *piece;
-                scaled.scales = slot.scales[of];
-                piece.weighted.data = NULL;
-                piece.peaks = slot.peaks[of];
-                scaled
-            };
-            if stages.project {
-                let mut piece = self.weigh_h(unit, slot);
-                if scaled {
-                    let mut reduce = reduce;
-                    again.push(scale(&mut piece, &mut reduce, H));
-                    reduced.push(reduce);
-                }
-                pieces.push(piece);
+        let mut live = self.live(unit);
+        loop {
+            // Two pieces for each slot.
+            let mut slots = live.by_ref().take(PIECES / 2).peekable();
+            if slots.peek().is_none() {
+                return Ok(());
             }
-            let mut piece = self.weigh_g(unit, slot, wants_dx && !scaled);
-            let mut reduce = reduce;
-            if stages.expand && scaled {
-                again.push(scale(&mut piece, &mut reduce, G));
+            let (mut pieces, mut again) = (Chunk::new(), Chunk::new());
+            let mut reduced = Chunk::new();
+            for slot in slots {
+                self.finish_slot(unit, slot, wants_dx, (&mut pieces, &mut reduced, &mut again));
             }
-            if stages.project {
-                piece.saved = optional(call.g);
-            }
-            if let Some(grads) = call.grads.as_ref().filter(|_| stages.expand) {
-                let h = self.h(unit, slot);
-                piece.partner = h.data;
-                piece.partner_magnitudes = h.magnitudes;
-                piece.partner_multiplier = h.multiplier;
-                piece.partner_stride = h.stride as i64;
-                piece.partner_segment = h.segment as i64;
-                piece.partner_terms = h.terms as i32;
-                piece.sums = slot.sums;
-                reduce.sums = slot.sums;
-                reduce.to = grads.e.data;
-                reduce.to_stride = grads.e.stride as i64;
-                reduce.to_dtype = code(grads.e.dtype);
+            self.finish(pieces.into_iter())?;
+            in_launches(reduced.into_iter(), |piece, pieces, blocks| {
+                let args = PassReduce {
+                    piece,
+                    tiles: self.layout.tiles as i64,
+                    pieces,
+                    is_double: i32::from(is_double(&self.layout.elements)),
+                    accumulate: i32::from(accumulate),
+                    reserved: 0,
+                };
+                self.session.launch(Kernel::PassReduce, blocks, THREADS as u32, &args)
+            })?;
+            self.finish(again.into_iter())?;
+        }
+    }
+
+    /// What becomes of a slot's h and g: in one launch, then sums over tiles. Where scales are needed, which those sums
+    /// give, the operands are made by a second launch.
+    fn finish_slot(
+        &self,
+        unit: &Unit,
+        slot: &Slot,
+        wants_dx: bool,
+        (pieces, reduced, again): (&mut Chunk<FinishPiece>, &mut Chunk<ReducePiece>, &mut Chunk<FinishPiece>),
+    ) {
+        let (stages, call, scaled) = (self.pass.stages, self.call(slot), self.layout.elements.scaled());
+        let nothing = ReducePiece {
+            sums: NULL,
+            peaks: NULL,
+            scales: NULL,
+            to: NULL,
+            to_stride: 0,
+            rank: slot.rank as i64,
+            first_block: 0,
+            to_dtype: 0,
+            reserved: 0,
+        };
+        let mut scale = |piece: &mut FinishPiece, reduce: &mut ReducePiece, of: usize| {
+            reduce.peaks = slot.peaks[of];
+            reduce.scales = slot.scales[of];
+            again.push(FinishPiece { scales: slot.scales[of], ..*piece });
+            piece.weighted.data = NULL;
+            piece.peaks = slot.peaks[of];
+        };
+        if stages.project {
+            let mut piece = self.weigh_h(unit, slot);
+            if scaled {
+                let mut reduce = nothing;
+                scale(&mut piece, &mut reduce, H);
                 reduced.push(reduce);
             }
             pieces.push(piece);
         }
-        self.finish(&pieces)?;
-        in_launches(&reduced, |piece, pieces, blocks| {
-            let args = PassReduce {
-                piece,
-                tiles: layout.tiles as i64,
-                pieces,
-                is_double: i32::from(is_double(&layout.elements)),
-                accumulate: i32::from(accumulate),
-                reserved: 0,
-            };
-            self.session.launch(Kernel::PassReduce, blocks, THREADS as u32, &args)
-        })?;
-        self.finish(&again)
+        let (mut piece, mut reduce) = (self.weigh_g(unit, slot, wants_dx && !scaled), nothing);
+        if stages.expand && scaled {
+            scale(&mut piece, &mut reduce, G);
+        }
+        if stages.project {
+            piece.saved = optional(call.g);
+        }
+        if let Some(grads) = call.grads.as_ref().filter(|_| stages.expand) {
+            let h = self.h(unit, slot);
+            piece.partner = h.data;
+            piece.partner_magnitudes = h.magnitudes;
+            piece.partner_multiplier = h.multiplier;
+            piece.partner_stride = h.stride as i64;
+            piece.partner_segment = h.segment as i64;
+            piece.partner_terms = h.terms as i32;
+            piece.sums = slot.sums;
+            reduce.sums = slot.sums;
+            reduce.to = grads.e.data;
+            reduce.to_stride = grads.e.stride as i64;
+            reduce.to_dtype = code(grads.e.dtype);
+            reduced.push(reduce);
+        }
+        pieces.push(piece);
     }
 
     /// `scaling (h E)^T dy`, in terms.
@@ -1096,13 +1120,11 @@ impl Run<'_> {
     fn add_to_dx(&self, i: usize, dx: &Matrix) -> Result<()> {
         let (layout, unit) = (&self.layout, &self.layout.units[i]);
         if layout.elements.scaled() {
-            let mut pieces = ArrayVec::<FinishPiece, MAX_GROUP>::new();
-            for slot in self.slots(unit).iter().filter(|s| s.rank > 0) {
+            self.finish(self.live(unit).map(|slot| {
                 let mut piece = self.weigh_g(unit, slot, true);
                 piece.scales = slot.magnitudes[0];
-                pieces.push(piece);
-            }
-            self.finish(&pieces)?;
+                piece
+            }))?;
         }
         let columns = layout.elements.pairs() * unit.rank;
         let (g, a) = (self.own(unit.weighted, columns, false), self.own(unit.a_expand, layout.input_stride, false));
@@ -1133,66 +1155,61 @@ impl Run<'_> {
             row_blocks: row_blocks as i64,
             blocks: blocks as i64,
             dx_dtype: code(dx.dtype),
-            is_double: i32::from(is_double(&layout.elements)),
+            is_aligned: mask.is_aligned(dx),
         };
         self.session.launch(Kernel::PassUndrop, blocks, THREADS as u32, &args)
     }
 
     /// The gradients of A and B, from their terms.
     fn give_gradients(&self, unit: &Unit, accumulate: bool) -> Result<()> {
-        let (stages, layout) = (self.pass.stages, &self.layout);
-        let compute = layout.elements.compute.size();
-        let mut pieces = ArrayVec::<GradientPiece, { 2 * MAX_GROUP }>::new();
-        for slot in self.slots(unit).iter().filter(|s| s.rank > 0) {
-            let call = self.call(slot);
-            let Some(grads) = &call.grads else { continue };
-            let e = &call.params.e;
-            let mut give = |to: &Matrix, is_a: bool| {
-                let features = if is_a { to.columns } else { to.rows };
-                let (from, stride, rank) = if is_a {
-                    let stride = layout.input_stride;
-                    (unit.gradient.offset(slot.offset * stride * compute), stride, unit.rank)
-                } else {
-                    (slot.gradient, padded(slot.output), slot.padded)
-                };
-                pieces.push(GradientPiece {
-                    from,
-                    e: e.data,
-                    pattern: optional(call.pattern),
-                    scales: self.scales(slot, if is_a { G } else { H }),
-                    to: to.data,
-                    from_stride: stride as i64,
-                    segment: (rank * stride) as i64,
-                    to_stride: to.row_stride as i64,
-                    features: features as i64,
-                    rank: slot.rank as i64,
-                    e_stride: e.stride as i64,
-                    first_block: 0,
-                    blocks: factor_blocks(features * slot.rank),
-                    multiplier: if is_a { self.keep(unit) } else { 1.0 },
-                    terms: layout.elements.terms as i32,
-                    e_dtype: code(e.dtype),
-                    to_dtype: code(to.dtype),
-                    is_a: i32::from(is_a),
-                });
-            };
-            if stages.expand {
-                give(&grads.a, true);
-            }
-            if stages.project {
-                give(&grads.b, false);
-            }
-        }
-        in_launches(&pieces, |piece, pieces, blocks| {
+        let stages = self.pass.stages;
+        let pieces = self.live(unit).flat_map(|slot| {
+            let grads = self.call(slot).grads.as_ref();
+            let a = grads.filter(|_| stages.expand).map(|grads| self.gradient_piece(unit, slot, &grads.a, true));
+            let b = grads.filter(|_| stages.project).map(|grads| self.gradient_piece(unit, slot, &grads.b, false));
+            a.into_iter().chain(b)
+        });
+        in_launches(pieces, |piece, pieces, blocks| {
             let args = PassGradient {
                 piece,
                 pieces,
-                is_double: i32::from(is_double(&layout.elements)),
+                is_double: i32::from(is_double(&self.layout.elements)),
                 accumulate: i32::from(accumulate),
                 reserved: 0,
             };
             self.session.launch(Kernel::PassGradient, blocks, THREADS as u32, &args)
         })
+    }
+
+    fn gradient_piece(&self, unit: &Unit, slot: &Slot, to: &Matrix, is_a: bool) -> GradientPiece {
+        let (call, layout) = (self.call(slot), &self.layout);
+        let features = if is_a { to.columns } else { to.rows };
+        let (from, stride, rank) = if is_a {
+            let (stride, compute) = (layout.input_stride, layout.elements.compute.size());
+            (unit.gradient.offset(slot.offset * stride * compute), stride, unit.rank)
+        } else {
+            (slot.gradient, padded(slot.output), slot.padded)
+        };
+        GradientPiece {
+            from,
+            e: call.params.e.data,
+            pattern: optional(call.pattern),
+            scales: self.scales(slot, if is_a { G } else { H }),
+            to: to.data,
+            from_stride: stride as i64,
+            segment: (rank * stride) as i64,
+            to_stride: to.row_stride as i64,
+            features: features as i64,
+            rank: slot.rank as i64,
+            e_stride: call.params.e.stride as i64,
+            first_block: 0,
+            blocks: factor_blocks(features * slot.rank),
+            multiplier: if is_a { self.keep(unit) } else { 1.0 },
+            terms: layout.elements.terms as i32,
+            e_dtype: code(call.params.e.dtype),
+            to_dtype: code(to.dtype),
+            is_a: i32::from(is_a),
+        }
     }
 }
 
