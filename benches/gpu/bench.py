@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import training  # noqa: E402
 import update  # noqa: E402
 from adalora.torch.functional import context  # noqa: E402
-from timing import Timer  # noqa: E402
+from timing import Timer, Times  # noqa: E402
 
 try:
     import peft
@@ -67,14 +67,21 @@ def measure(timer: Timer, shapes: tuple[Any, Any, Any], copy: float) -> list[dic
     """All rows; what cannot be timed has its error in the place of times."""
     rows: list[dict[str, Any]] = []
 
-    def add(operation: str, times: dict[str, float], floor_bytes: int | None, **about: Any) -> None:
-        row = {"operation": operation, **about, "ms": times}
+    def add(operation: str, times: Times, floor_bytes: int | None, **about: Any) -> None:
+        row = {
+            "operation": operation,
+            **about,
+            "ms": times.ms,
+            "kernels": [kernel._asdict() for kernel in times.kernels[:12]],
+        }
         if floor_bytes is not None:
             row["floor_ms"] = floor_bytes / copy
         rows.append(row)
-        text = " ".join(f"{name} {ms:.4f}" for name, ms in times.items())
+        text = " ".join(f"{name} {ms:.4f}" for name, ms in times.ms.items())
         floor = f" floor {row['floor_ms']:.4f}" if floor_bytes is not None else ""
         print(operation, *about.values(), text + floor, flush=True)
+        for kernel in row["kernels"]:
+            print("  {us:9.1f} us {launches:6.1f} launches  {name}".format(**kernel), flush=True)
 
     def attempt(operation: str, about: dict[str, Any], work: Any) -> Any:
         try:
@@ -91,8 +98,7 @@ def measure(timer: Timer, shapes: tuple[Any, Any, Any], copy: float) -> list[dic
         about = shape._asdict()
         by_operation = attempt("forward_backward", about, lambda shape=shape: passes.compare(shape, timer, peft))
         for operation, times in (by_operation or {}).items():
-            times = {name: ms / shape.layers for name, ms in times.items()}
-            add(operation, times, shape.floor_bytes(operation) // shape.layers, **about)
+            add(operation, times.divided(shape.layers), shape.floor_bytes(operation) // shape.layers, **about)
     for layers, width, rank in shapes[1]:
         about = {"layers": layers, "width": width, "rank": rank}
         arguments = (layers, width, rank, timer, peft)

@@ -5,13 +5,37 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Work = Callable[[], Any]
 # More than the caches of any card at hand hold.
 FLUSHED_BYTES = 256 << 20
+
+
+class Kernel(NamedTuple):
+    """A kernel, or a copy, within some work of ours."""
+
+    name: str
+    launches: float
+    us: float
+    """All launches together."""
+
+
+class Times(NamedTuple):
+    """What was measured of one operation."""
+
+    ms: dict[str, float]
+    """Medians by side."""
+    kernels: list[Kernel] = []
+    """What the device does for our side of the C interface, longest first."""
+
+    def divided(self, n: int) -> Times:
+        """For one of n equal parts."""
+        kernels = [kernel._replace(launches=kernel.launches / n, us=kernel.us / n) for kernel in self.kernels]
+        return Times({name: ms / n for name, ms in self.ms.items()}, kernels)
 
 
 class Timer:
@@ -102,6 +126,26 @@ class Timer:
                 times[name].append(self.elapsed(work, name.endswith("_graph")))
             turns += 1
         return {name: statistics.median(each) for name, each in times.items()}
+
+    def times(self, works: dict[str, Work]) -> Times:
+        """Medians of all, and the kernels of the work that is called `c`."""
+        return Times(self.medians(works), self.kernels(works["c"]))
+
+    def kernels(self, work: Work, repetitions: int = 10) -> list[Kernel]:
+        """What the device does in a work; on the CPU, PyTorch's operators."""
+        with profile(activities=[ProfilerActivity.CUDA if self.on_cuda else ProfilerActivity.CPU]) as profiled:
+            for _ in range(repetitions):
+                work()
+            self.synchronize()
+        found = [
+            Kernel(
+                event.key[:100],
+                event.count / repetitions,
+                (event.self_device_time_total if self.on_cuda else event.self_cpu_time_total) / repetitions,
+            )
+            for event in profiled.key_averages()
+        ]
+        return sorted((kernel for kernel in found if kernel.us > 0), key=lambda kernel: -kernel.us)
 
     def copy_bytes_per_ms(self) -> float:
         """Bytes that a copy of a large tensor reads and writes per millisecond."""

@@ -11,7 +11,7 @@ import adalora
 import torch
 import update
 from passes import WORKSPACE_BYTES
-from timing import Timer
+from timing import Timer, Times
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,8 +128,8 @@ class Peft(update.Peft):
         return loss
 
 
-def compare(size: Size, timer: Timer, peft: Any) -> dict[str, float]:
-    """Medians in milliseconds of one step, by side, once all were seen to have the same losses."""
+def compare(size: Size, timer: Timer, peft: Any) -> Times:
+    """Of one step, once all sides were seen to have the same losses."""
     torch.manual_seed(0)
     stack = Stack(size, timer.device)
     x, target = (torch.randn(size.tokens, size.width, device=timer.device).bfloat16() for _ in range(2))
@@ -158,4 +158,5 @@ def compare(size: Size, timer: Timer, peft: Any) -> dict[str, float]:
     works = {name: repeated(work) for name, work in graphs.items()} | {"torch": repeated(ours.train)}
     if other is not None:
         works["peft"] = repeated(other.train)
-    return {name: time / STEPS for name, time in timer.medians(works).items()}
+    ms = {name: time / STEPS for name, time in timer.medians(works).items()}
+    return Times(ms, timer.kernels(graph.step))

@@ -9,7 +9,7 @@ import adalora.torch
 import torch
 from adalora.torch.functional import context
 from passes import ALPHA, Prepared
-from timing import Timer
+from timing import Timer, Times
 from torch import Tensor, nn
 
 LR, WEIGHT_DECAY, MAX_NORM, ORTH_REG_WEIGHT = 1e-4, 0.01, 1.0, 0.5
@@ -37,7 +37,9 @@ class OverC:
         self.step_number = value(FIRST_STEP, torch.int64)
         self.factor, self.squares, self.penalty = value(1, torch.float64), *(value(0, torch.float64) for _ in range(2))
         self.found_inf = value(0, torch.float32)
-        hyper = adalora.Hyper(value(LR, torch.float64), weight_decay=value(WEIGHT_DECAY, torch.float64))
+        hyper = adalora.Hyper(
+            value(LR, torch.float64), weight_decay=value(WEIGHT_DECAY, torch.float64), context=self.on
+        )
         slices = [
             adalora.Slice(k, matrix, p, g, *(torch.zeros_like(p) for _ in range(4)))
             for k, (triplet, gradients) in enumerate(zip(params, grads, strict=True))
@@ -135,8 +137,8 @@ def triplets_of(params: list[nn.Parameter]) -> list[Triplet]:
     return list(zip(params[::3], params[1::3], params[2::3], strict=True))
 
 
-def compare(layers: int, width: int, rank: int, timer: Timer, peft: Any) -> dict[str, dict[str, float]]:
-    """Medians in milliseconds, by operation and side, once both sides were seen to keep and compute the same."""
+def compare(layers: int, width: int, rank: int, timer: Timer, peft: Any) -> dict[str, Times]:
+    """By operation, once all sides were seen to keep and compute the same."""
     torch.manual_seed(0)
     names = [str(k) for k in range(layers)]
     base = lambda: nn.ModuleDict({name: Prepared(width, 1, timer.device) for name in names})  # noqa: E731
@@ -162,7 +164,7 @@ def compare(layers: int, width: int, rank: int, timer: Timer, peft: Any) -> dict
     for operation in ("orthogonality", "step"):
         works = {name: getattr(side, operation) for name, side in sides.items()}
         graphs = timer.graphs({"c": works["c"], "torch": getattr(captured, operation)})
-        times[operation] = timer.medians(works | graphs)
+        times[operation] = timer.times(works | graphs)
     return times
 
 
