@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `abi` | the C functions and nothing else: check, convert, call, report |
 //! | [`context`], [`adapter`], [`allocator`] | the objects behind the handles: they check every shape and hold no buffer's contents |
-//! | [`optimizer`], [`regularizer`], [`philox`], `allocator::{schedule, importance, selection}` | AdaLoRA's arithmetic, knowing no backend and no pointer |
+//! | [`optimizer`], [`regularizer`], [`philox`], [`rounding`], `allocator::{schedule, importance, selection}` | AdaLoRA's arithmetic, knowing no backend and no pointer |
 //! | [`checkpoint`] | adapters in PEFT's files, training state beside them, the allocator's state as bytes |
 //! | [`backend`] | the operations that the objects ask for, and who computes them |
 //! | [`tensor`], [`error`] | the words that all of them share |
@@ -27,6 +27,7 @@ pub mod error;
 pub mod optimizer;
 pub mod philox;
 pub mod regularizer;
+pub mod rounding;
 pub mod tensor;
 
 /// `major << 16 | minor << 8 | patch` of the package.

@@ -5,6 +5,7 @@ use super::config::Config;
 use super::tensors::{Content, Entry, Tensor, TensorFile, computed, stored};
 use crate::adapter::MAX_FEATURES;
 use crate::error::{Code, Error, Result, reserve};
+use crate::rounding;
 use crate::tensor::Dtype;
 use half::{bf16, f16};
 use std::collections::BTreeMap;
@@ -32,8 +33,8 @@ pub(super) fn encode(value: f64, dtype: Dtype, to: &mut [u8]) {
     match dtype {
         Dtype::Float64 => to.copy_from_slice(&value.to_le_bytes()),
         Dtype::Float32 => to.copy_from_slice(&(value as f32).to_le_bytes()),
-        Dtype::Bfloat16 => to.copy_from_slice(&bf16::from_f64(value).to_le_bytes()),
-        Dtype::Float16 => to.copy_from_slice(&f16::from_f64(value).to_le_bytes()),
+        Dtype::Bfloat16 => to.copy_from_slice(&rounding::to_bf16(value).to_le_bytes()),
+        Dtype::Float16 => to.copy_from_slice(&rounding::to_f16(value).to_le_bytes()),
     }
 }
 

@@ -913,6 +913,11 @@ def test_arguments_agree(tmp_path):
     assert loaded[0].state is None
     load_training_state(tmp_path, mine=loaded[1], optimizer=loaded[0])
     assert loaded[0].state == {"a": 1} and loaded[1].state == {"a": 2}
+    with pytest.raises(InvalidArgumentError, match=r"found 'optimizer' \(mine=None leaves it out\)"):
+        load_training_state(tmp_path, optimizer=Holder())
+    only = Holder()
+    load_training_state(tmp_path, optimizer=only, mine=None)
+    assert only.state == {"a": 1}
 
 
 def draws() -> tuple:

@@ -514,6 +514,33 @@ def test_picture(name: str, tmp_path: Path):
     assert len(movement.get_yticks()) > 0
 
 
+@pytest.mark.parametrize(
+    "title", ["word " * 80, "w" * 400, "", "first\nsecond"], ids=["words", "one word", "none", "lines"]
+)
+def test_a_title_stays_in_the_picture(title: str):
+    figure = picture(made_up(MODELS["36"], title=title))
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches() * figure.dpi
+    heading, state = figure.texts
+    above, below = heading.get_window_extent(), state.get_window_extent()
+    assert 0 <= above.x0 and above.x1 <= width and above.y1 <= height
+    assert not title or above.y0 >= below.y1
+    assert all(axes.get_tightbbox().y1 <= below.y0 for axes in figure.axes)
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_the_axis_of_ranks_is_beside_the_bars(count: int):
+    figure = picture(made_up([f"part{i}" for i in range(count)]))
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    (first, *_) = sorted(
+        (label for label in axes.get_xticklabels() if label.get_text()), key=lambda t: t.get_position()
+    )
+    bar = axes.patches[0].get_window_extent()
+    # No further from the first bar than a bar is high.
+    assert 0 <= first.get_window_extent().y0 - bar.y1 <= bar.height
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_text(name: str):
     summary = made_up(MODELS[name])

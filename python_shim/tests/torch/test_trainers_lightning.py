@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import STEPS, accelerated, adapted, bert, examples
+from tiny_models import SETTINGS, STEPS, accelerated, adapted, bert, examples
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lightning.pytorch
 
-    from adalora.torch.lightning import AdaLoraCallback
+    from adalora.torch.lightning import AdaLoraCallback, RankReportCallback
 
 # What Lightning advises, and what it still does that PyTorch deprecates.
 pytestmark = [
@@ -288,3 +288,51 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         trainer(tmp_path, AdaLoraCallback(), max_steps=15).fit(
             module(model), batches(), ckpt_path=tmp_path / "saved.ckpt"
         )
+
+
+@pytest.mark.parametrize("package", NAMES)
+@pytest.mark.parametrize("kind", ["torch", "ours", "peft", "peft, by itself"])
+def test_a_report_of_a_run_and_of_resumed_ones(tmp_path, package, kind):
+    package, last_mask = importlib.import_module(package), STEPS - SETTINGS["tfinal"]
+
+    def run(folder: Path, *callbacks, **options):
+        model = accelerated() if kind.startswith("peft") else adapted(total_step=STEPS if kind == "ours" else None)
+        callback = AdaLoraCallback()
+        reporting = RankReportCallback(None if kind == "peft, by itself" else callback, "Run")
+        checkpoint = options.pop("ckpt_path", None)
+        made = trainer(folder, callback, reporting, *callbacks, package=package, accumulate_grad_batches=2, **options)
+        # Lightning goes on at the beginning of the data: batches that are all the same.
+        data = DataLoader(examples(4) * 24, batch_size=4)
+        made.fit(module(model, kind, package), data, ckpt_path=checkpoint)
+        assert made.global_step == STEPS
+        return reporting.report, (folder / "rank_report.html").read_bytes()
+
+    save = package.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    report, page = run(tmp_path / "whole", save, enable_checkpointing=True)
+    summary = report._summary()
+    assert [step for step, _ in summary.history] == [0, 2, 4, 6, last_mask]
+    assert sum(summary.ranks) == 2 * len(summary.paths) and summary.scores_step == last_mask - 1
+    assert b"<h1>Run</h1>" in page
+    for step in (1, 5, last_mask, last_mask + 1):
+        _, resumed = run(tmp_path / f"from {step}", ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed == page, step
+
+
+def test_a_report_lies_where_the_logger_writes(tmp_path):
+    callback = AdaLoraCallback()
+    reporting = RankReportCallback(callback)
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path / "logs", "name", version=3)
+    made = trainer(tmp_path, callback, reporting, logger=logger)
+    lit = module(adapted())
+    made.fit(lit, batches())
+    assert (tmp_path / "logs" / "name" / "version_3" / "rank_report.html").exists()
+    first = reporting.report
+    # Another run of the model begins anew.
+    made = trainer(tmp_path, callback, reporting)
+    made.fit(lit, batches())
+    assert reporting.report is not first and len(reporting.report._summary().history) == 5
+
+
+def test_a_report_of_nobodys_run(tmp_path):
+    with pytest.raises(InvalidStateError, match="callback: expected one that is among the trainer's callbacks"):
+        trainer(tmp_path, RankReportCallback(AdaLoraCallback())).fit(module(adapted(total_step=STEPS)), batches())

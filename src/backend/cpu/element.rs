@@ -1,6 +1,7 @@
 //! Between the caller's element types and the type that sums are taken in.
 
 use super::simd::Real;
+use crate::rounding;
 use crate::tensor::{Address, Dtype};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -133,18 +134,7 @@ pub(super) unsafe fn read(dtype: Dtype, from: Address) -> f64 {
     }
 }
 
-/// The float32 towards zero, its last bit set if anything was cut off: rounding that to nearest once more gives what
-/// rounding the float64 to nearest would, while two roundings to nearest may not.
-fn round_to_odd(value: f64) -> f32 {
-    let nearest = value as f32;
-    let back = f64::from(nearest);
-    if back == value || value.is_nan() {
-        return nearest;
-    }
-    f32::from_bits((nearest.to_bits() - u32::from(back.abs() > value.abs())) | 1)
-}
-
-/// As [`round_to_odd`], of a sum: which way it was rounded shows in what the rounding left over.
+/// As [`rounding::round_to_odd`], of a sum: which way it was rounded shows in what the rounding left over.
 #[inline(always)]
 pub(super) fn sum_to_odd(a: f32, b: f32) -> f32 {
     let sum = a + b;
@@ -173,12 +163,12 @@ pub(super) unsafe fn write(dtype: Dtype, value: f64, to: Address) -> bool {
                 value.is_finite()
             }
             Dtype::Bfloat16 => {
-                let narrow = bf16::from_f32(round_to_odd(value));
+                let narrow = rounding::to_bf16(value);
                 *pointer::<bf16>(to) = narrow;
                 narrow.is_finite()
             }
             Dtype::Float16 => {
-                let narrow = f16::from_f32(round_to_odd(value));
+                let narrow = rounding::to_f16(value);
                 *pointer::<f16>(to) = narrow;
                 narrow.is_finite()
             }
@@ -212,39 +202,10 @@ mod tests {
                 if sum.is_finite() && (sum - f64::from(*a) != f64::from(*b) || sum - f64::from(*b) != f64::from(*a)) {
                     continue;
                 }
-                let (got, want) = (sum_to_odd(*a, *b), round_to_odd(sum));
+                let (got, want) = (sum_to_odd(*a, *b), rounding::round_to_odd(sum));
                 let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
                 let overflow = got.is_infinite() && want.abs() == f32::MAX;
                 assert!(same || overflow || (got == 0.0 && want == 0.0), "{a:e} + {b:e}: {got:e} {want:e}");
-            }
-        }
-    }
-
-    /// Between two neighbours the nearer one, however little decides it; ties go to the even one.
-    #[test]
-    fn rounds_to_nearest() {
-        for exponent in [-20, -3, 0, 11] {
-            for (bits, dtype) in [(7, Dtype::Bfloat16), (10, Dtype::Float16)] {
-                let (unit, step) = (2f64.powi(exponent), 2f64.powi(exponent - bits));
-                if dtype == Dtype::Float16 && exponent < -14 {
-                    continue;
-                }
-                for (value, want) in [
-                    (unit + 0.5 * step, unit),
-                    (unit + 0.5 * step + unit * f64::EPSILON, unit + step),
-                    (unit + 1.5 * step - unit * f64::EPSILON, unit + step),
-                    (unit + 1.5 * step, unit + 2.0 * step),
-                    (-unit - 0.5 * step - unit * f64::EPSILON, -unit - step),
-                ] {
-                    let mut slot = 0u16;
-                    let to = Address((&raw mut slot).expose_provenance());
-                    // SAFETY: `slot` has room for a half-precision element.
-                    let got = unsafe {
-                        write(dtype, value, to);
-                        read(dtype, to)
-                    };
-                    assert_eq!(got, want, "{dtype} {value:e}");
-                }
             }
         }
     }

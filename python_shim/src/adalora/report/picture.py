@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import Any
 
 from .axis import SHADES, between, decades, shade, thinned, with_room
@@ -10,6 +11,8 @@ from .summary import Summary
 SHADE_COLORS = ("#eceef2", "#e3edfb", "#c7dbf6", "#a3c4ef", "#7aa8e5", "#538cd9", "#3370c6", "#1f56a6", "#153e7e")
 INK, MUTED, LINE, ACCENT, MASKED, MARK = "#1a2230", "#5b6675", "#e2e6ec", "#2563c9", "#98a3b3", "#b4540a"
 MOST_TIMES = 400
+# Characters of a line of the title, its lines, and their height in inches.
+TITLE_WIDTH, TITLE_LINES, TITLE_HEIGHT = 105, 3, 0.26
 STYLE = {
     "font.size": 9,
     "text.color": INK,
@@ -34,12 +37,16 @@ def picture(summary: Summary) -> Any:
     s = summary
     rows = len(s.table.rows) or len(s.paths)
     with matplotlib.rc_context(STYLE):
-        height = max(7.5, 1.6 + 0.25 * rows)
+        title = wrap(_literal(s.title), TITLE_WIDTH, max_lines=TITLE_LINES, placeholder=" …") or [""]
+        head = 0.75 + TITLE_HEIGHT * (len(title) - 1)
+        height = max(7.5, 1.6 + 0.25 * rows) + head - 0.75
         figure = Figure(figsize=(15, height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, rect=(0, 0, 1, 1 - 0.75 / height))
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, rect=(0, 0, 1, 1 - head / height))
         kept = f"{s.standing.live_triplets:,} of {s.triplets:,} triplets kept"
-        figure.text(0.01, 1 - 0.12 / height, _literal(s.title), va="top", fontsize=15, fontweight="bold")
-        figure.text(0.01, 1 - 0.45 / height, f"{kept} {s.state}", va="top", color=MUTED)
+        heading = figure.text(0.01, 1 - 0.12 / height, "\n".join(title), va="top", fontsize=15, fontweight="bold")
+        # Wide letters become smaller ones.
+        heading.set_fontsize(15 * min(1, 0.98 * figure.bbox.width / max(1, heading.get_window_extent().width)))
+        figure.text(0.01, 1 - (head - 0.3) / height, f"{kept} {s.state}", va="top", color=MUTED)
         left, right = figure.subfigures(1, 2, width_ratios=(6, 7))
         (_heat if s.table.rows else _bars)(left.subplots(), s)
         budget, movement, scores = right.subplots(3, 1, height_ratios=(3, 3, 3))
@@ -109,9 +116,11 @@ def _bars(axes: Any, s: Summary) -> None:
     axes.set_ylim(max(len(s.paths), 10) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max(1, *s.initial))
     axes.xaxis.get_major_locator().set_params(integer=True)
+    # Where the bars are, however few.
+    axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("Ranks")
+    axes.set_title("Ranks", pad=10)
 
 
 def _budget(axes: Any, s: Summary) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from .allocator import RankAllocator
 from .model import get_config
 from .optim import AdamW
+from .report import RankReport
 
 
 class Run:
@@ -182,3 +185,76 @@ def _adapted(model: nn.Module, adapter_name: str) -> nn.Module:
             f"{len(found)}"
         )
     return found[0]
+
+
+class InOptimizer:
+    """A state of ours that a trainer saves and loads with its optimiser's.
+
+    It lies in the first group of the optimiser's state dict: groups are what every optimiser loads as it was saved.
+
+    Args:
+        key: its name there.
+
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._handle: Any = None
+
+    def begin(self, optimizer: torch.optim.Optimizer, state: Callable[[], Any] | None) -> Any:
+        """Take what a checkpoint brought, None if nothing, and add `state()`, unless it is None, to what is saved."""
+        self.end()
+        if state is not None:
+            self._handle = optimizer.register_state_dict_post_hook(lambda _, saved: self._add(saved, state()))
+        return optimizer.param_groups[0].pop(self.key, None)
+
+    def _add(self, saved: dict[str, Any], state: Any) -> None:
+        if state is not None:
+            saved["param_groups"][0][self.key] = state
+
+    def end(self) -> None:
+        """Leave the optimiser's state as it is."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+class _HasAllocator(Protocol):
+    allocator: RankAllocator | None
+
+
+class Reporting:
+    """A report of ranks beside a trainer: the run's, from its first step on."""
+
+    def __init__(self, callback: _HasAllocator | None, title: str) -> None:
+        self.report: RankReport | None = None
+        self.title = title
+        self._callback = callback
+        # A checkpoint's state, until there is a report.
+        self._restored: dict[str, Any] | None = None
+
+    def begin(self, restored: dict[str, Any] | None) -> None:
+        """Begin a run; `restored` is what a checkpoint has of it."""
+        self.report, self._restored = None, restored
+
+    def record(self, model: nn.Module, step: int) -> None:
+        """Note where the ranks stand after a step."""
+        if self.report is None:
+            self.report = self._new_report(model)
+            if self._restored is not None:
+                self.report.load_state_dict(self._restored)
+        self.report.record(step)
+
+    def state(self) -> dict[str, Any] | None:
+        """What is to be saved; None: nothing yet."""
+        return self._restored if self.report is None else self.report.state_dict()
+
+    def _new_report(self, model: nn.Module) -> RankReport:
+        theirs = next((each for each in model.modules() if hasattr(each, "peft_config")), None)
+        if theirs is not None or self._callback is None:
+            from ..peft import RankReport as PeftReport
+
+            return PeftReport(model if theirs is None else theirs, self.title)
+        if self._callback.allocator is None:
+            raise InvalidStateError("callback: expected one that is among the trainer's callbacks, found it idle")
+        return RankReport(self._callback.allocator, self.title)

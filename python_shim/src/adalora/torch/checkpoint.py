@@ -39,6 +39,8 @@ STATE_FILE = "training_state.safetensors"
 # PEFT's paths begin at its wrapper of the model.
 _PREFIX = "base_model.model."
 _DICTS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
+# What a run does not go on without.
+_TRAINING = {"allocator", "optimizer", "scheduler"}
 # What reading values of unexpected kinds ends in.
 _RUBBISH = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError)
 
@@ -440,7 +442,7 @@ def load_training_state(
         optimizer: as saved.
         scheduler: as saved.
         rng: restore the random generators too; False leaves them as they are.
-        more: as saved.
+        more: as saved; None leaves one out, such as `report=None`.
 
     Raises:
         InvalidArgumentError: the arguments are not those of saving; they are named. Nothing was changed, unless it is
@@ -460,9 +462,13 @@ def load_training_state(
     except _RUBBISH as error:
         raise CorruptDataError(f"{path}: expected what save_training_state wrote, found {error!r}") from None
     generators = state.pop("rng", None)
-    if state.keys() != objects.keys():
+    left_out = [name for name, each in more.items() if each is None]
+    if state.keys() - left_out != objects.keys():
+        missing = state.keys() - objects.keys() - _TRAINING - set(left_out)
+        hint = f" ({min(missing)}=None leaves it out)" if missing else ""
         raise InvalidArgumentError(
-            f"{path}: expected arguments for what it holds, {_few(state) or 'nothing'}, found {_few(objects) or 'none'}"
+            f"{path}: expected arguments for what it holds, {_few(state) or 'nothing'}, found "
+            f"{_few(objects) or 'none'}{hint}"
         )
     if rng and generators is None:
         raise InvalidArgumentError(f"{path}: expected states of random generators (or rng=False), found none")

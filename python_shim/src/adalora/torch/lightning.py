@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 try:
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import UnsupportedError
-from ._callback import Run
+from ._callback import Reporting, Run
 from .allocator import RankAllocator
+from .report import RankReport
 
 
 class AdaLoraCallback(Callback):
@@ -119,3 +121,68 @@ class AdaLoraCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Keep a checkpoint's state until training begins."""
         self._restored = state_dict
+
+
+class RankReportCallback(Callback):
+    """Records a `RankReport`, and writes `rank_report.html` into the trainer's folder when training ends.
+
+    The folder is the logger's (`trainer.log_dir`), or without one the trainer's `default_root_dir`.
+
+    >>> adalora = AdaLoraCallback()
+    >>> trainer = Trainer(max_steps=1000, callbacks=[adalora, RankReportCallback(adalora)])
+
+    What was recorded is in Lightning's checkpoints, so that a resumed run's report is whole. `report` is the run's,
+    from its first step on.
+
+    Args:
+        callback: the `AdaLoraCallback` beside it, and before it; None: the model is PEFT's, accelerated by
+            `adalora.peft`.
+        title: what the report is headed with.
+
+    """
+
+    def __init__(self, callback: AdaLoraCallback | None = None, title: str = "AdaLoRA rank report") -> None:
+        self._reporting = Reporting(callback, title)
+        # A checkpoint's state, until training begins.
+        self._restored: dict[str, Any] | None = None
+        self._step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Under which name the state lies in checkpoints."""
+        return "RankReportCallback"
+
+    @property
+    def report(self) -> RankReport | None:
+        """The run's report; None before its first step."""
+        return self._reporting.report
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on where the trainer goes on."""
+        restored = self._reporting.state() if self._restored is None else self._restored
+        self._reporting.begin(restored if trainer.global_step else None)
+        self._restored, self._step = None, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note where the ranks stand, where the batch was the last of a step."""
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._reporting.record(pl_module, self._step - 1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the page."""
+        # All processes have to ask.
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if self.report is not None and trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.report.save_html(folder / "rank_report.html")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded, for the trainer's checkpoints."""
+        return self._reporting.state() or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until training begins."""
+        self._restored = state_dict or None

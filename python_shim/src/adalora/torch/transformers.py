@@ -18,15 +18,10 @@ from torch.autograd import Variable
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import InvalidStateError, UnsupportedError
-from ._callback import Run
-from ._report_callback import RankReportCallback
+from ._callback import InOptimizer, Reporting, Run
 from .allocator import RankAllocator
 from .checkpoint import save_adapter
-
-__all__ = ["AdaLoraCallback", "RankReportCallback"]
-
-# Where the allocator's state lies in the first group of the optimiser's state dict.
-_KEY = "adalora"
+from .report import RankReport
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -58,7 +53,8 @@ class AdaLoraCallback(TrainerCallback):
         self.adapter_name = adapter_name
         self._given = allocator
         self._run: Run | None = None
-        self._handles: list[Any] = []
+        self._saved = InOptimizer("adalora")
+        self._handle: Any = None
         # Whether the step under way has yet to get the penalty's gradient.
         self._wants_penalty = False
 
@@ -79,14 +75,13 @@ class AdaLoraCallback(TrainerCallback):
         if self._run is not None:
             self._run.close()
         self._run = run = Run(model, optimizer, self.adapter_name, state.max_steps, self._given)
-        saved = optimizer.param_groups[0].pop(_KEY, None)
+        # `AdamW` saves the state itself.
+        saved = self._saved.begin(optimizer, run.allocator.state_dict if run.optimizer is None else None)
         if saved is not None and run.optimizer is None:
             run.allocator.load_state_dict(saved)
         run.begin(state.global_step)
         if run.config.orth_reg_weight:
-            self._handles.append(model.register_forward_hook(self._watch_backward))
-        if run.optimizer is None:
-            self._handles.append(optimizer.register_state_dict_post_hook(self._add_state))
+            self._handle = model.register_forward_hook(self._watch_backward)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -145,17 +140,14 @@ class AdaLoraCallback(TrainerCallback):
             )
             return
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved = saved["allocator"] if self._run.optimizer is not None else saved["param_groups"][0][_KEY]
+        saved = saved["allocator"] if self._run.optimizer is not None else saved["param_groups"][0][self._saved.key]
         self._run.allocator.load_state_dict(saved)
 
     def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _add_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        # Groups are what every optimiser loads as it was saved.
-        state_dict["param_groups"][0][_KEY] = self._run.allocator.state_dict()
+        self._saved.end()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     @torch.compiler.disable
     def _watch_backward(self, model: nn.Module, args: Any, outputs: Any) -> None:
@@ -178,6 +170,51 @@ class AdaLoraCallback(TrainerCallback):
             self._wants_penalty = False
             scaler = self._accelerated.scaler
             self._run.add_penalty(1.0 if scaler is None else scaler.get_scale())
+
+
+class RankReportCallback(TrainerCallback):
+    """Records a `RankReport`, and writes `rank_report.html` into the trainer's output folder when training ends.
+
+    >>> adalora = AdaLoraCallback()
+    >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[adalora, RankReportCallback(adalora)])
+
+    What was recorded is in the checkpoints' `optimizer.pt`, so that a resumed run's report is whole. `report` is the
+    run's, from its first step on.
+
+    Args:
+        callback: the `AdaLoraCallback` beside it; None: the model is PEFT's, accelerated by `adalora.peft`.
+        title: what the report is headed with.
+
+    """
+
+    def __init__(self, callback: AdaLoraCallback | None = None, title: str = "AdaLoRA rank report") -> None:
+        self._reporting = Reporting(callback, title)
+        self._saved = InOptimizer("adalora_report")
+
+    @property
+    def report(self) -> RankReport | None:
+        """The run's report; None before its first step."""
+        return self._reporting.report
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take what a checkpoint holds."""
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        self._reporting.begin(self._saved.begin(optimizer, self._reporting.state))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note where the ranks stand after a step."""
+        self._reporting.record(kwargs["model"], state.global_step - 1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the page."""
+        self._saved.end()
+        if self.report is not None and args.should_save:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.report.save_html(Path(args.output_dir) / "rank_report.html")
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
