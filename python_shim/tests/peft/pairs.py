@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import settings
 import torch
 from torch import Tensor, nn
 
@@ -18,15 +19,7 @@ with warnings.catch_warnings():
     from transformers.pytorch_utils import Conv1D
 
 SETTINGS = {
-    "init_r": 4,
-    "target_r": 2,
-    "tinit": 4,
-    "tfinal": 6,
-    "deltaT": 3,
-    "total_step": 30,
-    "lora_alpha": 6,
-    "orth_reg_weight": 0.3,
-    "init_lora_weights": False,
+    **settings.SETTINGS,
     "target_modules": ["conv", "fc1", "fc2", "fc3"],
     "modules_to_save": ["head"],
 }

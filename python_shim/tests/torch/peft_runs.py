@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from types import SimpleNamespace
 
+import settings
 import torch
 from torch import Tensor, nn
 
@@ -15,18 +16,7 @@ with warnings.catch_warnings():
     import peft
 
 TARGETS = ["fc1", "fc2", "fc3"]
-SETTINGS = {
-    "init_r": 4,
-    "target_r": 2,
-    "tinit": 4,
-    "tfinal": 6,
-    "deltaT": 3,
-    "total_step": 30,
-    "lora_alpha": 6,
-    "orth_reg_weight": 0.3,
-    "init_lora_weights": False,
-    "target_modules": TARGETS,
-}
+SETTINGS = {**settings.SETTINGS, "target_modules": TARGETS}
 
 
 class Network(nn.Module):
