@@ -110,9 +110,9 @@ class OverTorch(Side):
 
 
 class OverC(Side):
-    """Ours by the C interface."""
+    """Ours by the C interface; `operand_terms` as in `adalora.Adapter`."""
 
-    def __init__(self, inputs: Inputs, timer: Timer) -> None:
+    def __init__(self, inputs: Inputs, timer: Timer, operand_terms: int = 0) -> None:
         super().__init__(inputs)
         self.timer = timer
         self.dx = [torch.zeros_like(x) for x in inputs.x]
@@ -125,7 +125,9 @@ class OverC(Side):
             inputs.x, self.y, inputs.dy, self.dx, inputs.params, self.grads, strict=True
         ):
             rank, width = params[0].shape
-            adapter = adalora.Adapter(on, width, width, rank, lora_alpha=ALPHA, activation_dtype="bfloat16")
+            adapter = adalora.Adapter(
+                on, width, width, rank, lora_alpha=ALPHA, activation_dtype="bfloat16", operand_terms=operand_terms
+            )
             h = torch.zeros(len(x), rank, device=timer.device)
             share = adalora.Share(adapter, adalora.Triplets(*params), adalora.Triplets(*grads), y=y, dy=dy, h=h)
             self.calls.append(adalora.GroupCall([share], x, dx=dx, workspace=workspace))
@@ -192,6 +194,8 @@ def compare(shape: Shape, timer: Timer, peft: Any) -> dict[str, Times]:
     """By operation, once all sides were seen to compute the same."""
     inputs = Inputs(shape, timer.device)
     sides: dict[str, Side] = {"c": OverC(inputs, timer), "torch": OverTorch(inputs)}
+    # A and B rounded to bfloat16 where they are multiplied, as LoRA's are.
+    sides["c_one_term"] = OverC(inputs, timer, operand_terms=1)
     if peft is not None:
         sides["peft"] = Peft(inputs, peft)
     agree({name: side.results() for name, side in sides.items()})

@@ -42,7 +42,7 @@ def measured(library: adalora.Library, tmp_path_factory: pytest.TempPathFactory)
 
 def test_the_benchmark_times_every_operation_on_all_sides(measured: dict) -> None:
     sides = {row["operation"]: set(row["ms"]) for row in measured["rows"]}
-    passes = {f"{side}{how}" for side in ("c", "torch", "peft", "lora") for how in ("", "_graph")}
+    passes = {f"{side}{how}" for side in ("c", "c_one_term", "torch", "peft", "lora") for how in ("", "_graph")}
     update = {"c", "c_graph", "torch", "torch_graph", "peft"}
     assert sides == {
         "forward": passes,
@@ -61,7 +61,7 @@ def test_a_table_shows_what_was_measured(measured: dict) -> None:
     bench = measured | {"rows": [*measured["rows"], row], "date": "2026-01-01", "revision": "0123456789abcdef"}
     text = table.render([{"card": "A card", "driver": "1.2", "bench": bench}])
     assert text.startswith("A card, driver 1.2, PyTorch ")
-    assert "| `step` | 24 layers, width 4096, rank 12 | 2.000 | 75 % | 20.0 |  | 5.000 | 8.0 |\n" in text
+    assert "| `step` | 24 layers, width 4096, rank 12 | 2.000 | 75 % | 20.0 |  |  | 5.000 | 8.0 |\n" in text
     assert len(text.splitlines()) == 4 + len(bench["rows"])
 
 
