@@ -1110,7 +1110,7 @@ adalora_status_t adalora_checkpoint_read_tensor(const struct adalora_checkpoint_
 // @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
 // @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this
 // library or machine lacks the backend, with what was looked for: on CUDA also where there is no driver, one older than
-// that of CUDA 12.0, no device of that number, or one of a compute capability below 7.5.
+// that of CUDA 12.0, no device of that number, or one of a compute capability below 8.0.
 adalora_status_t adalora_context_create(const struct adalora_context_desc_t *desc, struct adalora_context_t **context);
 
 // Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, the

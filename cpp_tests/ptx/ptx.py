@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "backend" / "cuda" / "kernels.cu"
 PTX = SOURCE.with_suffix(".ptx")
 CONSTRAINTS = ROOT / "python_shim" / "constraints.txt"
-OPTIONS = ["--gpu-architecture=compute_75", "--std=c++17"]
+OPTIONS = ["--gpu-architecture=compute_80", "--std=c++17"]
 # Ampere, Hopper and Blackwell's workstation cards.
 ARCHITECTURES = ["sm_80", "sm_90", "sm_120"]
 

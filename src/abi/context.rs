@@ -18,7 +18,7 @@ pub struct Context(pub(super) Handle<Arc<context::Context>>);
 /// @param context Receives the handle; written on success alone. Destroy it by `adalora_context_destroy`.
 /// @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range; `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this
 /// library or machine lacks the backend, with what was looked for: on CUDA also where there is no driver, one older than
-/// that of CUDA 12.0, no device of that number, or one of a compute capability below 7.5.
+/// that of CUDA 12.0, no device of that number, or one of a compute capability below 8.0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_context_create(
     desc: *const ContextDesc,

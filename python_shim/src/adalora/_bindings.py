@@ -1441,7 +1441,7 @@ prepare; on CUDA the libraries are found and the driver started.
 @return `ADALORA_ERROR_INVALID_ARGUMENT` for a field out of range;
 `ADALORA_ERROR_BACKEND_UNAVAILABLE` where this library or machine lacks the backend, with what was
 looked for: on CUDA also where there is no driver, one older than that of CUDA 12.0, no device of
-that number, or one of a compute capability below 7.5.
+that number, or one of a compute capability below 8.0.
 """,
     ),
     "adalora_context_prepare": Function(

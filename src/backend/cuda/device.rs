@@ -18,7 +18,7 @@ const PTX: &str = concat!(include_str!("kernels.ptx"), "\0");
 /// MiB for each.
 const HANDLES: usize = 2;
 /// The compute capability that the PTX is for.
-const OLDEST_CAPABILITY: [c_int; 2] = [7, 5];
+const OLDEST_CAPABILITY: [c_int; 2] = [8, 0];
 /// What cuBLAS asks of its workspace.
 const WORKSPACE_ALIGNMENT: usize = 256;
 /// Threads of a block.
