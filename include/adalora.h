@@ -1031,7 +1031,8 @@ adalora_status_t adalora_checkpoint_export_lora(const struct adalora_checkpoint_
 // @param files `ADALORA_FILES_ADAPTER`, `ADALORA_FILES_STATE` or `ADALORA_FILES_ALL`.
 // @param checkpoint Receives the handle; written on success alone. Destroy it by `adalora_checkpoint_destroy`.
 // @return `ADALORA_ERROR_NOT_FOUND` where a file is not there; `ADALORA_ERROR_CORRUPT_DATA` for a damaged one;
-// `ADALORA_ERROR_INVALID_ARGUMENT` where the files do not fit together, or are not of AdaLoRA.
+// `ADALORA_ERROR_INVALID_ARGUMENT` where the files do not fit together, or are not of AdaLoRA: those of
+// `adalora_checkpoint_export_lora` are LoRA's.
 adalora_status_t adalora_checkpoint_open(const char *folder, int32_t files, struct adalora_checkpoint_t **checkpoint);
 
 // Destroys a checkpoint; NULL is nothing. The files stay.

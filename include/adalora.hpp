@@ -475,7 +475,8 @@ class Allocator {
 
 // Checkpoint ---------------------------------------------------------------------------------------------------------
 
-/// Adapters in PEFT's files, and training state beside them. An object is one that is read; writing needs none.
+/// Adapters in PEFT's files, and training state beside them. An object is one that is read; writing needs none. It reads
+/// AdaLoRA's files alone: folders of `export_lora` are LoRA's, and are refused.
 class Checkpoint {
  public:
   explicit Checkpoint(const std::string& folder, std::int32_t files = ADALORA_FILES_ADAPTER) {

@@ -62,7 +62,8 @@ pub unsafe extern "C" fn adalora_checkpoint_export_lora(desc: *const CheckpointD
 /// @param files `ADALORA_FILES_ADAPTER`, `ADALORA_FILES_STATE` or `ADALORA_FILES_ALL`.
 /// @param checkpoint Receives the handle; written on success alone. Destroy it by `adalora_checkpoint_destroy`.
 /// @return `ADALORA_ERROR_NOT_FOUND` where a file is not there; `ADALORA_ERROR_CORRUPT_DATA` for a damaged one;
-/// `ADALORA_ERROR_INVALID_ARGUMENT` where the files do not fit together, or are not of AdaLoRA.
+/// `ADALORA_ERROR_INVALID_ARGUMENT` where the files do not fit together, or are not of AdaLoRA: those of
+/// `adalora_checkpoint_export_lora` are LoRA's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn adalora_checkpoint_open(
     folder: *const c_char,

@@ -1313,7 +1313,7 @@ of header and configuration, which may have 16 MiB each.
 `adalora_checkpoint_destroy`.
 @return `ADALORA_ERROR_NOT_FOUND` where a file is not there; `ADALORA_ERROR_CORRUPT_DATA` for a
 damaged one; `ADALORA_ERROR_INVALID_ARGUMENT` where the files do not fit together, or are not of
-AdaLoRA.
+AdaLoRA: those of `adalora_checkpoint_export_lora` are LoRA's.
 """,
     ),
     "adalora_checkpoint_destroy": Function(

@@ -162,7 +162,7 @@ class Checkpoint(NativeObject):
     Raises:
         NotFoundError: a file is not there.
         CorruptDataError: a file is damaged.
-        InvalidArgumentError: the files do not fit together, or are not of AdaLoRA.
+        InvalidArgumentError: the files do not fit together, or are not of AdaLoRA, as those of `export_lora`.
 
     """
 

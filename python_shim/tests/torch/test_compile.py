@@ -123,6 +123,22 @@ def test_forward_and_backward_are_eager_modes(backend):
     compare(results(torch.compile(model, backend=backend, fullgraph=True), model, x), expected)
 
 
+def test_one_graph_with_the_backward_pass():
+    """As the README says that PyTorch allows it."""
+    model, x = block(), inputs(2, 5).detach()
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        model(x).square().sum().backward()
+
+    step()
+    expected = [p.grad for p in trained]
+    model.zero_grad()
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        torch.compile(step, backend="aot_eager", fullgraph=True)()
+    compare([p.grad for p in trained], expected)
+
+
 def test_other_kinds_of_layers():
     torch.manual_seed(1)
     model = randomize(adapt(Kinds(), settings(target_modules=["embedding", "conv1", "conv2"])), "default")
