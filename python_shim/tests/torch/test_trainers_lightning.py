@@ -128,7 +128,7 @@ def test_a_run_is_that_of_a_plain_loop(tmp_path, package, kind, parts):
             losses.append(loss.item())
             # The last part of an epoch ends a step, however few there are.
             if (k + 1) % parts == 0 or k == len(data) - 1:
-                penalty = allocator.orthogonality()
+                penalty = allocator.orthogonality().item()
                 clip_grad_norm_(params, 0.3)
                 optimizer.step()
                 if kind == "torch":

@@ -150,7 +150,7 @@ def test_a_run_is_that_of_a_plain_loop(tmp_path, kind, parts, loss_func):
             loss = outputs.loss / parts if loss_func is None else loss_func(outputs, labels)
             loss.backward()
             losses[-1] += loss.item()
-        penalties.append(allocator.orthogonality())
+        penalties.append(allocator.orthogonality().item())
         norms.append(clip_grad_norm_(expected.parameters(), 0.3).item())
         optimizer.step()
         if kind == "torch":
