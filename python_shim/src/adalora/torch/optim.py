@@ -332,6 +332,10 @@ class AdamW(torch.optim.AdamW):
                 list(map(local, tensors)) for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
             )
             beta1, beta2 = group["betas"]
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.is_cuda:
+                # What the fused kernel reads.
+                lr = lr.float()
             adamw(
                 params,
                 grads,
@@ -347,7 +351,7 @@ class AdamW(torch.optim.AdamW):
                 amsgrad=group["amsgrad"],
                 beta1=beta1,
                 beta2=beta2,
-                lr=group["lr"],
+                lr=lr,
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=group["maximize"],
