@@ -79,18 +79,22 @@ def test_pages_show_what_was_measured() -> None:
 def test_parts_end_in_time_and_say_what_came_of_them() -> None:
     check = script("check")
 
-    def run(code: str, limit: float) -> object:
-        part = check.Part("part", [sys.executable, "-c", code], limit)
+    def run(code: str, limit: float, shards: int = 1) -> object:
+        part = check.Part("part", [sys.executable, "-c", code], limit, shards=shards)
         return part.run(dict(os.environ), time.monotonic() + 60)
 
     passed, failed = run(PRINTS, 30), run(f"{PRINTS}; exit(3)", 30)
-    assert (passed.outcome, passed.summary) == ("passed", "[  PASSED  ] 3 tests.")
-    assert (failed.outcome, failed.summary) == ("failed: status 3", "[  PASSED  ] 3 tests.")
+    assert (passed.outcome, passed.summary) == ("passed", "3 tests passed")
+    assert (failed.outcome, failed.summary) == ("failed: status 3", "3 tests passed")
     # What the part itself starts, and what holds its output open, ends with it.
     begin = time.monotonic()
     endless = run("import subprocess; subprocess.run(['sleep', '60'])", 1)
     assert endless.outcome == "failed: stopped after 1 s"
     assert time.monotonic() - begin < 20
+    # Programs that share the tests: all have to pass.
+    both = "import os; print('[  PASSED  ] ' + os.environ['GTEST_SHARD_INDEX'] + ' tests.')"
+    assert (run(both, 30, 3).outcome, run(both, 30, 3).summary) == ("passed", "3 tests passed")
+    assert run(f"{both}; exit(os.environ['GTEST_SHARD_INDEX'] == '1')", 30, 3).outcome == "failed: status 1"
     assert run("print('[==========] 0 tests from 0 test suites ran.')", 30).outcome == "failed: no test was found"
 
 
