@@ -78,6 +78,22 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in trained(model).items() if "lora_" in name}
 
 
+def test_a_learning_rate_in_a_tensor():
+    """It is read at every step, also where it was changed in place."""
+    (ours, optimizer), (other, by_number) = begin(), begin()
+    rate = torch.tensor(0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for step, batch in enumerate(batches(8)):
+        # Powers of two, which PyTorch's kernel reads in float32 as they are.
+        rate.fill_(2.0 ** -(5 + step % 3))
+        for group in by_number.param_groups:
+            group["lr"] = rate.item()
+        for model, each in ((ours, optimizer), (other, by_number)):
+            train(model, each, [batch])
+    assert_equal(snapshot(ours, optimizer), snapshot(other, by_number))
+
+
 # Beside PEFT
 
 

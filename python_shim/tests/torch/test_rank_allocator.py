@@ -258,6 +258,42 @@ def test_penalty_of_orthonormal_factors_has_no_gradient():
     assert all((p.grad == 0).all() for k, p in enumerate(allocator.parameters()) if k % 3 != 1)
 
 
+def test_penalties_of_several_passes_are_apart():
+    """Each has gradients of its own, whatever is computed before they are used, and those of steps stay bound."""
+    model = network()
+    allocator, params = RankAllocator(model), list(trained(model).values())
+    expected = torch.autograd.grad(penalty_of(allocator, 0.3), params, allow_unused=True)
+    (batch,) = batches(1)
+    backward(model, batch)
+    task = [p.grad.clone() for p in params]
+    first, second = allocator.orthogonality_loss(), allocator.orthogonality_loss()
+    (3 * second + first).backward()
+    for p, g, more in zip(params, task, expected, strict=True):
+        torch.testing.assert_close(p.grad, g if more is None else g + 4 * more, **tolerance(torch.float64))
+    allocator.update_and_allocate(0)
+    for name, p in trained(model).items():
+        if "lora_" in name:
+            wanted = 0.15 * (p * p.grad).abs()
+            path, matrix = name.split(".lora_")
+            found = allocator.state_dict()[f"exp_avg_ipt.{path}.{matrix[0]}"]
+            torch.testing.assert_close(found, wanted, **tolerance(torch.float64))
+
+
+def test_a_steps_number_in_a_tensor():
+    """What a captured step needs; the device reads it where it lies."""
+    runs = []
+    for kind in (int, lambda step: torch.tensor(step)):
+        model = network()
+        allocator, optimizer = RankAllocator(model), torch.optim.AdamW(groups(model), lr=1e-2)
+        for step, batch in enumerate(batches(STEPS)):
+            backward(model, batch)
+            optimizer.step()
+            allocator.update_and_allocate(kind(step))
+            optimizer.zero_grad()
+        runs.append(snapshot(model, allocator))
+    assert_equal(*runs)
+
+
 def test_penalty_is_once_differentiable_and_needs_no_gradient_mode():
     allocator = RankAllocator(network())
     (g,) = torch.autograd.grad(allocator.orthogonality_loss().square(), allocator.parameters()[:1], create_graph=True)
