@@ -65,7 +65,7 @@ kernels! {
     PassPack: c"pass_pack",
     PassFinishFloat32: c"pass_finish_float32",
     PassFinishFloat64: c"pass_finish_float64",
-    PassReduce: c"pass_reduce",
+    PassScales: c"pass_scales",
     PassGradient: c"pass_gradient",
     PassDrop: c"pass_drop",
     PassUndrop: c"pass_undrop",

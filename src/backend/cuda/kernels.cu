@@ -209,6 +209,18 @@ __device__ inline int32_t columns_for(int64_t count) {
   return columns;
 }
 
+// What the threads of a block have, combined: in an order of its own, but always the same one. Thread 0 has it.
+template <class T, class Combine>
+__device__ inline T combined(T* shared, T mine, Combine combine) {
+  shared[threadIdx.x] = mine;
+  for (int32_t half = THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (int32_t(threadIdx.x) < half)
+      shared[threadIdx.x] = combine(shared[threadIdx.x], shared[threadIdx.x + half]);
+  }
+  return shared[threadIdx.x];
+}
+
 }  // namespace
 
 // The powers of two that bring each row of A and column of B into [1, 2), for float16, whose range is small.
@@ -227,7 +239,7 @@ struct PassMagnitudes {
 static_assert(sizeof(MagnitudePiece) == 88 && sizeof(PassMagnitudes) == 16 * 88 + 8, "as in pass.rs");
 
 KERNEL(pass_magnitudes, PassMagnitudes) {
-  __shared__ float largest[THREADS];
+  __shared__ float shared[THREADS];
   const MagnitudePiece& p = args.piece[piece_of_block(args, blockIdx.x)];
   const int64_t block = int64_t(blockIdx.x) - p.first_block, triplet = block / 2;
   const bool is_a = block % 2 == 0;
@@ -239,13 +251,8 @@ KERNEL(pass_magnitudes, PassMagnitudes) {
     // A value that is not finite decides nothing.
     if (fabsf(value) <= FLT_LARGEST) mine = fmaxf(mine, fabsf(value));
   }
-  largest[threadIdx.x] = mine;
-  for (int32_t half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int32_t(threadIdx.x) < half)
-      largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
-  }
-  if (threadIdx.x == 0) (is_a ? p.of_a : p.of_b)[triplet] = power_below(largest[0]);
+  const float largest = combined(shared, mine, [](float a, float b) { return fmaxf(a, b); });
+  if (threadIdx.x == 0) (is_a ? p.of_a : p.of_b)[triplet] = power_below(largest);
 }
 
 // A factor, in the type and terms that the matrix products take, padded with triplets of zeros.
@@ -400,63 +407,44 @@ KERNEL(pass_finish_float64, PassFinish) {
   finish<double>(args, sums, peaks);
 }
 
-// Sums the tiles' sums, in order, into the gradient of E; and makes scales of the tiles' peaks, which bring a column of
-// float16 elements into the upper half of its range. A warp for each triplet.
-struct ReducePiece {
-  const double* sums;  // null: no gradient
-  const float* peaks;  // null: no scales
+// Makes scales of the tiles' peaks, which bring a column of float16 elements into the upper half of its range.
+struct ScalePiece {
+  const float* peaks;
   float* scales;
-  void* to;
-  int64_t to_stride, rank;
-  int64_t first_block;
-  int32_t to_dtype, reserved;
+  int64_t rank;
+  int64_t first_block;  // a block for each triplet
 };
-struct PassReduce {
-  ReducePiece piece[PIECES];
+struct PassScales {
+  ScalePiece piece[PIECES];
   int64_t tiles;
-  int32_t pieces, is_double, accumulate, reserved;
+  int32_t pieces, reserved;
 };
-static_assert(sizeof(ReducePiece) == 64 && sizeof(PassReduce) == 16 * 64 + 24, "as in pass.rs");
+static_assert(sizeof(ScalePiece) == 32 && sizeof(PassScales) == 16 * 32 + 16, "as in pass.rs");
 
-KERNEL(pass_reduce, PassReduce) {
-  const ReducePiece& p = args.piece[piece_of_block(args, blockIdx.x)];
-  const int32_t lane = threadIdx.x % 32;
-  const int64_t j = (int64_t(blockIdx.x) - p.first_block) * (THREADS / 32) + threadIdx.x / 32;
-  if (j >= p.rank) return;
-  double sum = 0.0;
-  float peak = 0.0f;
-  for (int64_t tile = lane; tile < args.tiles; tile += 32) {
-    if (p.sums != nullptr) sum += p.sums[tile * p.rank + j];
-    if (p.peaks != nullptr) peak = fmaxf(peak, p.peaks[tile * p.rank + j]);
-  }
-  for (int32_t distance = 16; distance > 0; distance /= 2) {
-    sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-    peak = fmaxf(peak, __shfl_xor_sync(ALL_LANES, peak, distance));
-  }
-  if (lane != 0) return;
-  if (p.sums != nullptr) {
-    const int64_t at = j * p.to_stride;
-    if (args.is_double)
-      store<double>(p.to, p.to_dtype, at, (args.accumulate ? load<double>(p.to, p.to_dtype, at) : 0.0) + sum);
-    else
-      store<float>(p.to, p.to_dtype, at, (args.accumulate ? load<float>(p.to, p.to_dtype, at) : 0.0f) + float(sum));
-  }
+KERNEL(pass_scales, PassScales) {
+  __shared__ float shared[THREADS];
+  const ScalePiece& p = args.piece[piece_of_block(args, blockIdx.x)];
+  const int64_t j = int64_t(blockIdx.x) - p.first_block;
+  float mine = 0.0f;
+  for (int64_t tile = threadIdx.x; tile < args.tiles; tile += THREADS) mine = fmaxf(mine, p.peaks[tile * p.rank + j]);
+  const float peak = combined(shared, mine, [](float a, float b) { return fmaxf(a, b); });
   // Nothing to scale by: as it is.
-  if (p.peaks != nullptr) p.scales[j] = peak > 0.0f ? 16384.0f / power_below(peak) : 1.0f;
+  if (threadIdx.x == 0) p.scales[j] = peak > 0.0f ? 16384.0f / power_below(peak) : 1.0f;
 }
 
-// A gradient of A or B from its product's terms.
+// A gradient: of A or B from its product's terms, of E from the tiles' sums.
 struct GradientPiece {
-  const void* from;  // of the compute type; row `triplet`, terms `segment` apart
+  const void* from;  // A and B: of the compute type, row `triplet`, terms `segment` apart. E: float64, [tiles, rank]
   const void* e;
   const uint8_t* pattern;
   const float* scales;  // divide; null: 1
   void* to;
   int64_t from_stride, segment, to_stride;
-  int64_t features, rank, e_stride;
-  int64_t first_block, blocks;
+  int64_t features, rank, e_stride;  // of E: tiles
+  int64_t first_block, blocks;       // of E: a block for each triplet
   double multiplier;
-  int32_t terms, e_dtype, to_dtype, is_a;
+  int32_t terms, e_dtype, to_dtype;
+  int32_t matrix;  // as the header numbers them: 1: A, 2: E, 3: B
 };
 struct PassGradient {
   GradientPiece piece[PIECES];
@@ -467,31 +455,60 @@ static_assert(sizeof(GradientPiece) == 128 && sizeof(PassGradient) == 16 * 128 +
 namespace {
 
 template <class T>
+__device__ inline void give(const GradientPiece& p, int64_t at, bool accumulate, T value) {
+  store<T>(p.to, p.to_dtype, at, (accumulate ? load<T>(p.to, p.to_dtype, at) : T(0)) + value);
+}
+
+template <class T>
 __device__ inline void gradient(const GradientPiece& p, int64_t block, bool accumulate) {
-  const int64_t count = p.features * p.rank;
+  const bool is_a = p.matrix == 1;
+  // Eight neighbours of a warp read eight features of a triplet, whose rows the product has; those of B lie apart where
+  // they are written.
+  const int64_t rows = (p.features + 7) / 8, count = is_a ? p.features * p.rank : 8 * rows * p.rank;
   for (int64_t i = block * THREADS + threadIdx.x; i < count; i += p.blocks * THREADS) {
-    const int64_t row = i / (p.is_a ? p.features : p.rank), column = i - row * (p.is_a ? p.features : p.rank);
-    const int64_t triplet = p.is_a ? row : column, feature = p.is_a ? column : row;
+    int64_t triplet, feature;
+    if (is_a) {
+      triplet = i / p.features;
+      feature = i - triplet * p.features;
+    } else {
+      const int64_t row = i / (8 * p.rank), rest = i - row * 8 * p.rank;
+      triplet = rest / 8;
+      feature = 8 * row + rest % 8;
+      if (feature >= p.features) continue;
+    }
     T value = T(0);
     // A triplet whose E is 0 receives nothing, also where x or dy is not finite.
     if (is_kept(p.pattern, triplet) && load<T>(p.e, p.e_dtype, triplet * p.e_stride) != T(0)) {
       value = sum_of_terms<T>(p.from, triplet * p.from_stride + feature, p.segment, p.terms) * T(p.multiplier);
       if (p.scales != nullptr) value /= T(p.scales[triplet]);
     }
-    const int64_t at = row * p.to_stride + column;
-    store<T>(p.to, p.to_dtype, at, (accumulate ? load<T>(p.to, p.to_dtype, at) : T(0)) + value);
+    give(p, is_a ? triplet * p.to_stride + feature : feature * p.to_stride + triplet, accumulate, value);
   }
 }
 
 }  // namespace
 
 KERNEL(pass_gradient, PassGradient) {
+  __shared__ double shared[THREADS];
   const GradientPiece& p = args.piece[piece_of_block(args, blockIdx.x)];
   const int64_t block = int64_t(blockIdx.x) - p.first_block;
+  const bool accumulate = args.accumulate != 0;
+  if (p.matrix != 2) {
+    if (args.is_double)
+      gradient<double>(p, block, accumulate);
+    else
+      gradient<float>(p, block, accumulate);
+    return;
+  }
+  double mine = 0.0;
+  for (int64_t tile = threadIdx.x; tile < p.features; tile += THREADS)
+    mine += static_cast<const double*>(p.from)[tile * p.rank + block];
+  const double sum = combined(shared, mine, [](double a, double b) { return a + b; });
+  if (threadIdx.x != 0) return;
   if (args.is_double)
-    gradient<double>(p, block, args.accumulate != 0);
+    give(p, block * p.to_stride, accumulate, sum);
   else
-    gradient<float>(p, block, args.accumulate != 0);
+    give(p, block * p.to_stride, accumulate, float(sum));
 }
 
 // Dropout's mask on [tokens, columns]. Four neighbouring columns of the whole layer are one draw, and one thread's.

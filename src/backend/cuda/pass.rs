@@ -25,7 +25,7 @@ use super::device::{Arguments, Blas, Device, Gemm, Kernel, Operand, Session, cod
 use crate::adapter::{ALIGNMENT, Call, Geometry, MAX_GROUP, Pass};
 use crate::error::{Error, Result};
 use crate::philox::Dropout;
-use crate::tensor::{Address, Buffer, Dtype, Matrix};
+use crate::tensor::{Address, Buffer, Dtype, Matrix, Vector};
 use arrayvec::ArrayVec;
 use std::ops::Range;
 
@@ -37,8 +37,8 @@ const THREADS: usize = 256;
 const PIECES: usize = 16;
 /// Columns of our own matrices are a multiple of this, so that rows begin on 16 bytes in half precision.
 const PADDING: usize = 8;
-/// Tokens of a tile at least, and tiles at most: their sums are added one after another.
-const TILE: usize = 32;
+/// Tokens of a tile at least, and tiles at most.
+const LEAST_TILE: usize = 8;
 const MOST_TILES: usize = 1024;
 /// Blocks that go over a matrix or a factor at most; each then does more.
 const MOST_BLOCKS: usize = 1 << 20;
@@ -160,26 +160,19 @@ struct PassFinish {
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct ReducePiece {
-    sums: Address,
+struct ScalePiece {
     peaks: Address,
     scales: Address,
-    to: Address,
-    to_stride: i64,
     rank: i64,
     first_block: i64,
-    to_dtype: i32,
-    reserved: i32,
 }
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct PassReduce {
-    piece: [ReducePiece; PIECES],
+struct PassScales {
+    piece: [ScalePiece; PIECES],
     tiles: i64,
     pieces: i32,
-    is_double: i32,
-    accumulate: i32,
     reserved: i32,
 }
 
@@ -203,7 +196,7 @@ struct GradientPiece {
     terms: i32,
     e_dtype: i32,
     to_dtype: i32,
-    is_a: i32,
+    matrix: i32,
 }
 
 #[derive(Clone, Copy)]
@@ -275,7 +268,7 @@ const _: () = {
     assert!(size_of::<MagnitudePiece>() == 88 && size_of::<PassMagnitudes>() == 16 * 88 + 8);
     assert!(size_of::<PackPiece>() == 144 && size_of::<PassPack>() == 16 * 144 + 8);
     assert!(size_of::<FinishPiece>() == 216 && size_of::<PassFinish>() == 16 * 216 + 24);
-    assert!(size_of::<ReducePiece>() == 64 && size_of::<PassReduce>() == 16 * 64 + 24);
+    assert!(size_of::<ScalePiece>() == 32 && size_of::<PassScales>() == 16 * 32 + 16);
     assert!(size_of::<GradientPiece>() == 128 && size_of::<PassGradient>() == 16 * 128 + 16);
     assert!(size_of::<Mask>() == 40 && size_of::<PassDrop>() == 112 && size_of::<PassUndrop>() == 136);
 };
@@ -287,7 +280,7 @@ unsafe impl Arguments for PassPack {}
 // SAFETY: as above.
 unsafe impl Arguments for PassFinish {}
 // SAFETY: as above.
-unsafe impl Arguments for PassReduce {}
+unsafe impl Arguments for PassScales {}
 // SAFETY: as above.
 unsafe impl Arguments for PassGradient {}
 // SAFETY: as above.
@@ -321,7 +314,7 @@ macro_rules! pieces {
 pieces! {
     MagnitudePiece: |p| 2 * p.rank;
     PackPiece: |p| p.blocks;
-    ReducePiece: |p| (p.rank as usize).div_ceil(THREADS / 32);
+    ScalePiece: |p| p.rank;
     GradientPiece: |p| p.blocks;
 }
 
@@ -481,7 +474,10 @@ impl Layout {
         let (operand, compute) = (elements.operand.size(), elements.compute.size());
         let (terms, factor_terms, pairs) = (elements.terms, elements.factor_terms, elements.pairs());
         let input = padded(geometries[0].input.local);
-        let tile = tokens.div_ceil(MOST_TILES).next_multiple_of(TILE).max(TILE);
+        // A block has its threads side by side over an adapter's triplets, and below each other over tokens.
+        let widest = geometries.iter().map(|g| padded(g.rank)).max().unwrap_or(0).max(1).next_power_of_two();
+        let least = (THREADS / widest).max(LEAST_TILE);
+        let tile = tokens.div_ceil(MOST_TILES).next_multiple_of(least);
         let tiles = tokens.div_ceil(tile);
         let mut arena = Arena { next: begin.0, overflow: false };
         let blas = Buffer { data: arena.take(&[BLAS_WORKSPACE]), bytes: BLAS_WORKSPACE };
@@ -597,6 +593,11 @@ struct Run<'a> {
     session: &'a Session<'a>,
     blas: &'a Blas<'a>,
 }
+
+/// Matrices, as the header numbers them.
+const MATRIX_A: i32 = 1;
+const MATRIX_E: i32 = 2;
+const MATRIX_B: i32 = 3;
 
 /// Which of a slot's tables.
 const H: usize = 0;
@@ -948,7 +949,7 @@ impl Run<'_> {
             for slot in self.slots(unit) {
                 self.project_back(slot)?;
             }
-            self.finish_backward(unit, accumulate, dx.is_some())?;
+            self.finish_backward(unit, dx.is_some())?;
             for slot in self.slots(unit) {
                 self.gradient_of_b(slot)?;
             }
@@ -1006,8 +1007,8 @@ impl Run<'_> {
         piece
     }
 
-    /// g, both weighted operands, and the gradient of E.
-    fn finish_backward(&self, unit: &Unit, accumulate: bool, wants_dx: bool) -> Result<()> {
+    /// g, both weighted operands, and what the gradient of E sums over tokens.
+    fn finish_backward(&self, unit: &Unit, wants_dx: bool) -> Result<()> {
         let mut live = self.live(unit);
         loop {
             // Two pieces for each slot.
@@ -1015,72 +1016,34 @@ impl Run<'_> {
             if slots.peek().is_none() {
                 return Ok(());
             }
-            let (mut pieces, mut again) = (Chunk::new(), Chunk::new());
-            let mut reduced = Chunk::new();
+            let (mut pieces, mut again, mut scales) = (Chunk::new(), Chunk::new(), Chunk::new());
             for slot in slots {
-                self.finish_slot(unit, slot, wants_dx, (&mut pieces, &mut reduced, &mut again));
+                let first = pieces.len();
+                if self.pass.stages.project {
+                    pieces.push(self.weigh_h(unit, slot));
+                }
+                pieces.push(self.finish_g(unit, slot, wants_dx));
+                if self.layout.elements.scaled() {
+                    self.scale(slot, &mut pieces[first..], (&mut scales, &mut again));
+                }
             }
             self.finish(pieces.into_iter())?;
-            in_launches(reduced.into_iter(), |piece, pieces, blocks| {
-                let args = PassReduce {
-                    piece,
-                    tiles: self.layout.tiles as i64,
-                    pieces,
-                    is_double: i32::from(is_double(&self.layout.elements)),
-                    accumulate: i32::from(accumulate),
-                    reserved: 0,
-                };
-                self.session.launch(Kernel::PassReduce, blocks, THREADS as u32, &args)
+            in_launches(scales.into_iter(), |piece, pieces, blocks| {
+                let args = PassScales { piece, tiles: self.layout.tiles as i64, pieces, reserved: 0 };
+                self.session.launch(Kernel::PassScales, blocks, THREADS as u32, &args)
             })?;
             self.finish(again.into_iter())?;
         }
     }
 
-    /// What becomes of a slot's h and g: in one launch, then sums over tiles. Where scales are needed, which those sums
-    /// give, the operands are made by a second launch.
-    fn finish_slot(
-        &self,
-        unit: &Unit,
-        slot: &Slot,
-        wants_dx: bool,
-        (pieces, reduced, again): (&mut Chunk<FinishPiece>, &mut Chunk<ReducePiece>, &mut Chunk<FinishPiece>),
-    ) {
-        let (stages, call, scaled) = (self.pass.stages, self.call(slot), self.layout.elements.scaled());
-        let nothing = ReducePiece {
-            sums: NULL,
-            peaks: NULL,
-            scales: NULL,
-            to: NULL,
-            to_stride: 0,
-            rank: slot.rank as i64,
-            first_block: 0,
-            to_dtype: 0,
-            reserved: 0,
-        };
-        let mut scale = |piece: &mut FinishPiece, reduce: &mut ReducePiece, of: usize| {
-            reduce.peaks = slot.peaks[of];
-            reduce.scales = slot.scales[of];
-            again.push(FinishPiece { scales: slot.scales[of], ..*piece });
-            piece.weighted.data = NULL;
-            piece.peaks = slot.peaks[of];
-        };
-        if stages.project {
-            let mut piece = self.weigh_h(unit, slot);
-            if scaled {
-                let mut reduce = nothing;
-                scale(&mut piece, &mut reduce, H);
-                reduced.push(reduce);
-            }
-            pieces.push(piece);
-        }
-        let (mut piece, mut reduce) = (self.weigh_g(unit, slot, wants_dx && !scaled), nothing);
-        if stages.expand && scaled {
-            scale(&mut piece, &mut reduce, G);
-        }
+    /// g, kept, summed, and as operand.
+    fn finish_g(&self, unit: &Unit, slot: &Slot, wants_dx: bool) -> FinishPiece {
+        let (stages, call) = (self.pass.stages, self.call(slot));
+        let mut piece = self.weigh_g(unit, slot, wants_dx && !self.layout.elements.scaled());
         if stages.project {
             piece.saved = optional(call.g);
         }
-        if let Some(grads) = call.grads.as_ref().filter(|_| stages.expand) {
+        if stages.expand {
             let h = self.h(unit, slot);
             piece.partner = h.data;
             piece.partner_magnitudes = h.magnitudes;
@@ -1089,13 +1052,30 @@ impl Run<'_> {
             piece.partner_segment = h.segment as i64;
             piece.partner_terms = h.terms as i32;
             piece.sums = slot.sums;
-            reduce.sums = slot.sums;
-            reduce.to = grads.e.data;
-            reduce.to_stride = grads.e.stride as i64;
-            reduce.to_dtype = code(grads.e.dtype);
-            reduced.push(reduce);
         }
-        pieces.push(piece);
+        piece
+    }
+
+    /// Lets pieces find their operands' largest elements instead of the operands, which are made again when there are
+    /// scales.
+    fn scale(
+        &self,
+        slot: &Slot,
+        pieces: &mut [FinishPiece],
+        (scales, again): (&mut Chunk<ScalePiece>, &mut Chunk<FinishPiece>),
+    ) {
+        for piece in pieces.iter_mut().filter(|p| p.weighted.data != NULL) {
+            let of = if piece.weighted.data == slot.weighted { H } else { G };
+            scales.push(ScalePiece {
+                peaks: slot.peaks[of],
+                scales: slot.scales[of],
+                rank: slot.rank as i64,
+                first_block: 0,
+            });
+            again.push(FinishPiece { scales: slot.scales[of], saved: NULL, partner: NULL, sums: NULL, ..*piece });
+            piece.weighted.data = NULL;
+            piece.peaks = slot.peaks[of];
+        }
     }
 
     /// `scaling (h E)^T dy`, in terms.
@@ -1160,14 +1140,16 @@ impl Run<'_> {
         self.session.launch(Kernel::PassUndrop, blocks, THREADS as u32, &args)
     }
 
-    /// The gradients of A and B, from their terms.
+    /// Gradients, from their terms and sums.
     fn give_gradients(&self, unit: &Unit, accumulate: bool) -> Result<()> {
         let stages = self.pass.stages;
         let pieces = self.live(unit).flat_map(|slot| {
             let grads = self.call(slot).grads.as_ref();
-            let a = grads.filter(|_| stages.expand).map(|grads| self.gradient_piece(unit, slot, &grads.a, true));
-            let b = grads.filter(|_| stages.project).map(|grads| self.gradient_piece(unit, slot, &grads.b, false));
-            a.into_iter().chain(b)
+            let (expand, project) = (grads.filter(|_| stages.expand), grads.filter(|_| stages.project));
+            let a = expand.map(|grads| self.gradient_of_factor(unit, slot, &grads.a, MATRIX_A));
+            let e = expand.map(|grads| self.gradient_of_e(slot, &grads.e));
+            let b = project.map(|grads| self.gradient_of_factor(unit, slot, &grads.b, MATRIX_B));
+            a.into_iter().chain(e).chain(b)
         });
         in_launches(pieces, |piece, pieces, blocks| {
             let args = PassGradient {
@@ -1181,8 +1163,32 @@ impl Run<'_> {
         })
     }
 
-    fn gradient_piece(&self, unit: &Unit, slot: &Slot, to: &Matrix, is_a: bool) -> GradientPiece {
+    fn gradient_of_e(&self, slot: &Slot, to: &Vector) -> GradientPiece {
+        GradientPiece {
+            from: slot.sums,
+            e: NULL,
+            pattern: NULL,
+            scales: NULL,
+            to: to.data,
+            from_stride: 0,
+            segment: 0,
+            to_stride: to.stride as i64,
+            features: self.layout.tiles as i64,
+            rank: slot.rank as i64,
+            e_stride: 0,
+            first_block: 0,
+            blocks: slot.rank as i64,
+            multiplier: 1.0,
+            terms: 1,
+            e_dtype: 0,
+            to_dtype: code(to.dtype),
+            matrix: MATRIX_E,
+        }
+    }
+
+    fn gradient_of_factor(&self, unit: &Unit, slot: &Slot, to: &Matrix, matrix: i32) -> GradientPiece {
         let (call, layout) = (self.call(slot), &self.layout);
+        let is_a = matrix == MATRIX_A;
         let features = if is_a { to.columns } else { to.rows };
         let (from, stride, rank) = if is_a {
             let (stride, compute) = (layout.input_stride, layout.elements.compute.size());
@@ -1208,7 +1214,7 @@ impl Run<'_> {
             terms: layout.elements.terms as i32,
             e_dtype: code(call.params.e.dtype),
             to_dtype: code(to.dtype),
-            is_a: i32::from(is_a),
+            matrix,
         }
     }
 }
