@@ -477,7 +477,7 @@ impl Layout {
         // A block has its threads side by side over an adapter's triplets, and below each other over tokens.
         let widest = geometries.iter().map(|g| padded(g.rank)).max().unwrap_or(0).max(1).next_power_of_two();
         let least = (THREADS / widest).max(LEAST_TILE);
-        let tile = tokens.div_ceil(MOST_TILES).next_multiple_of(least);
+        let tile = tokens.div_ceil(MOST_TILES).next_multiple_of(least).max(least);
         let tiles = tokens.div_ceil(tile);
         let mut arena = Arena { next: begin.0, overflow: false };
         let blas = Buffer { data: arena.take(&[BLAS_WORKSPACE]), bytes: BLAS_WORKSPACE };
