@@ -87,7 +87,7 @@ TEST(NamedFolder, SaysWhatIsMissing) {
        {"cudaGetDeviceCount: cudaErrorNoDevice (100): no CUDA-capable device is detected", "libcudart 13.0"}},
       {"no_driver", {"cudaErrorInsufficientDriver (35)", "no CUDA driver", folder("no_driver") + "/libcublas.so.13"}},
       {"old_driver", {"found a driver of CUDA 11.4, expected 12.0 or later", "libcudart 12.4"}},
-      {"old_device", {"Stub of a device", "compute capability 7.0, expected 7.5 or later"}},
+      {"old_device", {"Stub of a device", "compute capability 7.5, expected 8.0 or later"}},
       {"poor_driver", {"the driver lacks cuLaunchKernel", "a driver of CUDA 12.4"}},
   };
   for (const Case& c : cases) {
@@ -106,7 +106,7 @@ TEST(NamedFolder, MayHaveNoName) {
 
 TEST(Device, MayBeTheOldestThatServes) {
   const std::string place = folder("oldest_device");
-  expect_words(described(cuda(place.c_str())), {"compute capability 7.5", "driver of CUDA 12.0"});
+  expect_words(described(cuda(place.c_str())), {"compute capability 8.0", "driver of CUDA 12.0"});
 }
 
 TEST(Device, IsOneThatThereIs) {

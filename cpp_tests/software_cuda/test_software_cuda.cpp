@@ -23,7 +23,7 @@ namespace {
 
 const char* const ptx = R"(
 .version 8.0
-.target sm_75
+.target sm_80
 .address_size 64
 .visible .entry add(
 	.param .align 8 .b8 add_param_0[32]
@@ -267,7 +267,7 @@ TEST_F(SoftwareCuda, LaunchesAreChecked) {
 TEST_F(SoftwareCuda, ModulesAreChecked) {
   ASSERT_EQ(cudaFree(nullptr), cudaSuccess);
   CUmodule loaded = nullptr;
-  const std::string head = ".version 8.0\n.target sm_75\n.address_size 64\n";
+  const std::string head = ".version 8.0\n.target sm_80\n.address_size 64\n";
   EXPECT_EQ(cuModuleLoadData(&loaded,
                              "\x7f"
                              "ELF"),

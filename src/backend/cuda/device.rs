@@ -66,6 +66,7 @@ kernels! {
     PassFinishFloat32: c"pass_finish_float32",
     PassFinishFloat64: c"pass_finish_float64",
     PassScales: c"pass_scales",
+    PassExpand: c"pass_expand",
     PassGradient: c"pass_gradient",
     PassDrop: c"pass_drop",
     PassUndrop: c"pass_undrop",

@@ -14,10 +14,13 @@ typedef long long int64_t;
 typedef unsigned long long uint64_t;
 
 #define KERNEL(name, Arguments) extern "C" __global__ void __launch_bounds__(256) name(const Arguments args)
+// One that a multiprocessor runs two blocks of.
+#define KERNEL_OF_TWO(name, Arguments) extern "C" __global__ void __launch_bounds__(256, 2) name(const Arguments args)
 #define UNROLL _Pragma("unroll")
 #else
 // Defines KERNEL, threadIdx and their like, barriers, shuffles and atomics.
 #include "host_kernels.hpp"
+#define KERNEL_OF_TWO KERNEL
 #define UNROLL
 #endif
 
@@ -255,7 +258,8 @@ KERNEL(pass_magnitudes, PassMagnitudes) {
   if (threadIdx.x == 0) (is_a ? p.of_a : p.of_b)[triplet] = power_below(largest);
 }
 
-// A factor, in the type and terms that the matrix products take, padded with triplets of zeros.
+// A factor, in the type and terms that the matrix products take, padded with triplets of zeros. For the first product
+// it lies as it does in its adapter, for the second one a feature is a row.
 struct PackPiece {
   const void *from, *e;
   const uint8_t* pattern;
@@ -266,7 +270,7 @@ struct PackPiece {
   int64_t first_block, blocks;
   int32_t from_dtype, e_dtype;
   int32_t is_a;  // triplets are rows, else columns
-  int32_t active_only;  // triplets whose E is 0 become zeros too
+  int32_t expands;  // for the second product, where triplets whose E is 0 become zeros too
 };
 struct PassPack {
   PackPiece piece[PIECES];
@@ -279,13 +283,16 @@ namespace {
 template <class T>
 __device__ inline void pack(const PackPiece& p, int64_t block) {
   const int64_t count = p.features * p.padded;
+  const bool rows_are_triplets = p.is_a && !p.expands;
+  const int64_t columns = rows_are_triplets ? p.features : p.padded;
   for (int64_t i = block * THREADS + threadIdx.x; i < count; i += p.blocks * THREADS) {
-    const int64_t row = i / (p.is_a ? p.features : p.padded), column = i - row * (p.is_a ? p.features : p.padded);
-    const int64_t triplet = p.is_a ? row : column;
+    const int64_t row = i / columns, column = i - row * columns;
+    const int64_t triplet = rows_are_triplets ? row : column, feature = rows_are_triplets ? column : row;
     T value = T(0);
     if (triplet < p.rank && is_kept(p.pattern, triplet) &&
-        (!p.active_only || load<T>(p.e, p.e_dtype, triplet * p.e_stride) != T(0))) {
-      value = load<T>(p.from, p.from_dtype, row * p.from_stride + column);
+        (!p.expands || load<T>(p.e, p.e_dtype, triplet * p.e_stride) != T(0))) {
+      const int64_t at = p.is_a ? triplet * p.from_stride + feature : feature * p.from_stride + triplet;
+      value = load<T>(p.from, p.from_dtype, at);
       if (p.magnitudes != nullptr) value /= T(p.magnitudes[triplet]);
     }
     put(p.to, row * p.to_stride + column, value);
@@ -430,6 +437,252 @@ KERNEL(pass_scales, PassScales) {
   const float peak = combined(shared, mine, [](float a, float b) { return fmaxf(a, b); });
   // Nothing to scale by: as it is.
   if (threadIdx.x == 0) p.scales[j] = peak > 0.0f ? 16384.0f / power_below(peak) : 1.0f;
+}
+
+// Adds a second product, of weighted h or g and a factor, to y or dx of half precision: sums in float32, rounded once.
+struct ExpandPiece {
+  const void* first;   // [tokens, depth]
+  const void* second;  // [columns, depth]
+  void* to;            // [tokens, columns]
+  int64_t to_stride, tokens, columns;
+  int64_t depth;  // a multiple of 8
+  int64_t first_block;
+  int32_t column_tiles;
+  int32_t is_aligned;  // rows of `to` begin on 16 bytes
+};
+struct PassExpand {
+  ExpandPiece piece[PIECES];
+  int32_t pieces, dtype;  // of all three matrices
+};
+static_assert(sizeof(ExpandPiece) == 72 && sizeof(PassExpand) == 16 * 72 + 8, "as in pass.rs");
+
+namespace {
+
+// Tokens of a block, and columns.
+constexpr int32_t EXPAND_TILE = 128;
+
+// How much of the depth is in shared memory at a time, in so many stages: what is multiplied, and what is on its way.
+constexpr int32_t EXPAND_DEPTH = 32, EXPAND_STAGES = 3;
+// Elements of 16 bytes, the part of a row that is copied at once; and how many a row in shared memory has.
+constexpr int32_t VECTOR = 8, ROW_VECTORS = EXPAND_DEPTH / VECTOR;
+
+// Rows of the first operand, then of the second. Eight neighbouring rows' vectors of one number lie in different banks:
+// each has the place of its number, with bits flipped by the row's.
+struct alignas(128) ExpandStage {
+  uint4 row[2 * EXPAND_TILE][ROW_VECTORS];
+};
+
+#ifdef __CUDACC_RTC__
+
+__device__ inline uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+
+// Zeros where there is nothing.
+__device__ inline void copy_vector(uint32_t to, const uint16_t* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+__device__ inline void end_of_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Until all copies but those before the last `PENDING` ends have come.
+template <int32_t PENDING>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
+}
+
+// Four 8 x 8 matrices: lane i gives a row of matrix i / 8, and gets row i / 4, columns 2 * (i % 4) on, of each.
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+#define MULTIPLY_TILE(type)                                                                        \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                       \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+// sum[16, 8] += a[16, 16] b[16, 8], of a warp.
+template <class Element>
+__device__ inline void multiply_tile(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b);
+template <>
+__device__ inline void multiply_tile<bfloat16>(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
+  MULTIPLY_TILE("bf16");
+}
+template <>
+__device__ inline void multiply_tile<float16>(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
+  MULTIPLY_TILE("f16");
+}
+
+// Two neighbouring elements.
+template <class Element>
+__device__ inline uint32_t narrow_two(float first, float second);
+template <>
+__device__ inline uint32_t narrow_two<bfloat16>(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+template <>
+__device__ inline uint32_t narrow_two<float16>(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+
+// Eight columns of a row, of which `count` exist.
+struct Eight {
+  uint32_t word[4];
+};
+
+__device__ inline Eight read_eight(const uint16_t* from, int32_t count, bool is_aligned) {
+  if (is_aligned && count >= VECTOR) {
+    const uint4 vector = *reinterpret_cast<const uint4*>(from);
+    return {{vector.x, vector.y, vector.z, vector.w}};
+  }
+  Eight eight = {};
+  UNROLL for (int32_t i = 0; i < VECTOR; ++i)
+    if (i < count) eight.word[i / 2] |= uint32_t(from[i]) << 16 * (i % 2);
+  return eight;
+}
+
+__device__ inline void write_eight(uint16_t* to, int32_t count, bool is_aligned, const Eight& eight) {
+  if (is_aligned && count >= VECTOR) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(eight.word[0], eight.word[1], eight.word[2], eight.word[3]);
+    return;
+  }
+  UNROLL for (int32_t i = 0; i < VECTOR; ++i)
+    if (i < count) to[i] = uint16_t(eight.word[i / 2] >> 16 * (i % 2));
+}
+
+// On tensor cores. A warp has 32 tokens and 64 columns, as 2 x 8 products of 16 tokens and 8 columns. Of four products
+// side by side, the thread whose columns are 2 * i and 2 * i + 1 has, as columns of the matrix, 8 * i to 8 * i + 7 of 32:
+// column c of product j stands for column 8 * (c / 2) + 2 * j + c % 2. So it reads and writes 16 bytes at a time.
+template <class Element>
+__device__ inline void expand(const ExpandPiece& p, uint32_t block, ExpandStage (&stages)[EXPAND_STAGES]) {
+  const uint32_t row_tile = block / uint32_t(p.column_tiles), column_tile = block - row_tile * uint32_t(p.column_tiles);
+  const int64_t first_token = int64_t(row_tile) * EXPAND_TILE, first_column = int64_t(column_tile) * EXPAND_TILE;
+  const int32_t tokens = int32_t(min(p.tokens - first_token, int64_t(EXPAND_TILE)));
+  const int32_t columns = int32_t(min(p.columns - first_column, int64_t(EXPAND_TILE)));
+  const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const uint32_t shared = shared_address(stages);
+
+  // What a thread copies: a vector of two rows of each operand.
+  const int32_t row = thread / ROW_VECTORS, vector = thread % ROW_VECTORS;
+  const int32_t of_32 = row % 32, product_row = row - of_32 + 8 * (of_32 % 8 / 2) + 2 * (of_32 / 8) + of_32 % 2;
+  const uint32_t a_to = 16 * (row * ROW_VECTORS + (vector ^ row / 2 % ROW_VECTORS));
+  const uint32_t b_to =
+      16 * ((EXPAND_TILE + product_row) * ROW_VECTORS + (vector ^ product_row / 2 % ROW_VECTORS));
+  const uint16_t* const a_from =
+      static_cast<const uint16_t*>(p.first) + (first_token + row) * p.depth + vector * VECTOR;
+  const uint16_t* const b_from =
+      static_cast<const uint16_t*>(p.second) + (first_column + row) * p.depth + vector * VECTOR;
+  const int32_t vectors = int32_t(p.depth / VECTOR), chunks = (vectors + ROW_VECTORS - 1) / ROW_VECTORS;
+  const auto copy = [&](int32_t chunk) {
+    constexpr int32_t ROWS = THREADS / ROW_VECTORS;
+    const uint32_t stage = shared + chunk % EXPAND_STAGES * uint32_t(sizeof(ExpandStage));
+    const bool exists = chunk * ROW_VECTORS + vector < vectors;
+    UNROLL for (int32_t i = 0; i < EXPAND_TILE / ROWS; ++i) {
+      const int64_t at = i * ROWS * p.depth + int64_t(chunk) * EXPAND_DEPTH;
+      copy_vector(stage + a_to + i * ROWS * ROW_VECTORS * 16, a_from + at, exists && row + i * ROWS < tokens);
+      copy_vector(stage + b_to + i * ROWS * ROW_VECTORS * 16, b_from + at, exists && row + i * ROWS < columns);
+    }
+  };
+  UNROLL for (int32_t chunk = 0; chunk < EXPAND_STAGES - 1; ++chunk) {
+    if (chunk < chunks) copy(chunk);
+    end_of_copies();
+  }
+
+  // Sums begin with what is added to, so that it takes no registers beside them; it is read while the copies come.
+  const int32_t warp_token = warp / 2 * 32, warp_column = warp % 2 * 64;
+  const int32_t token = warp_token + lane / 4, column = warp_column + lane % 4 * VECTOR;
+  uint16_t* const to = static_cast<uint16_t*>(p.to) + (first_token + token) * p.to_stride + first_column + column;
+  Eight eight[4][2];
+  UNROLL for (int32_t t = 0; t < 4; ++t)
+    UNROLL for (int32_t group = 0; group < 2; ++group)
+      eight[t][group] = read_eight(to + 8 * t * p.to_stride + 32 * group,
+                                   token + 8 * t < tokens ? columns - column - 32 * group : 0, p.is_aligned);
+  float sum[2][8][4];
+  UNROLL for (int32_t t = 0; t < 4; ++t)
+    UNROLL for (int32_t group = 0; group < 2; ++group)
+      UNROLL for (int32_t i = 0; i < VECTOR; ++i)
+        sum[t / 2][4 * group + i / 2][t % 2 * 2 + i % 2] =
+            widen(Element{uint16_t(eight[t][group].word[i / 2] >> 16 * (i % 2))});
+
+  // Rows of the first operand come as tokens 0 to 7 and 8 to 15, then the same with the other half of the depth; those
+  // of the second as the halves of the depth, then the same of the next product.
+  const uint32_t flip = lane / 2 % ROW_VECTORS;
+  const uint32_t a_at = (warp_token + lane % 16) * ROW_VECTORS * 16 + ((lane / 16) ^ flip) * 16;
+  const uint32_t b_at = (EXPAND_TILE + warp_column + lane / 16 * 8 + lane % 8) * ROW_VECTORS * 16 +
+                        ((lane / 8 % 2) ^ flip) * 16;
+  for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+    wait_for_copies<EXPAND_STAGES - 2>();
+    // Everybody's copies have come, and everybody is done with the stage that comes next.
+    __syncthreads();
+    if (chunk + EXPAND_STAGES - 1 < chunks) copy(chunk + EXPAND_STAGES - 1);
+    end_of_copies();
+    const uint32_t stage = shared + chunk % EXPAND_STAGES * uint32_t(sizeof(ExpandStage));
+    UNROLL for (int32_t half = 0; half < 2; ++half) {
+      if (chunk * ROW_VECTORS + half * ROW_VECTORS / 2 >= vectors) break;
+      uint32_t a[2][4];
+      UNROLL for (int32_t i = 0; i < 2; ++i)
+        load_matrices(a[i], (stage + a_at + i * 16 * ROW_VECTORS * 16) ^ half * 32);
+      UNROLL for (int32_t j = 0; j < 8; j += 2) {
+        uint32_t b[4];
+        load_matrices(b, (stage + b_at + j * 8 * ROW_VECTORS * 16) ^ half * 32);
+        UNROLL for (int32_t i = 0; i < 2; ++i) {
+          multiply_tile<Element>(sum[i][j], a[i], b);
+          multiply_tile<Element>(sum[i][j + 1], a[i], b + 2);
+        }
+      }
+    }
+  }
+
+  UNROLL for (int32_t t = 0; t < 4; ++t)
+    UNROLL for (int32_t group = 0; group < 2; ++group) {
+      UNROLL for (int32_t j = 0; j < 4; ++j) {
+        const float* const two = sum[t / 2][4 * group + j] + t % 2 * 2;
+        eight[t][group].word[j] = narrow_two<Element>(two[0], two[1]);
+      }
+      if (token + 8 * t < tokens)
+        write_eight(to + 8 * t * p.to_stride + 32 * group, columns - column - 32 * group, p.is_aligned,
+                    eight[t][group]);
+    }
+}
+
+#else
+
+// The plain twin of what runs on tensor cores: of what runs there it shares where things lie, and that sums
+// begin with what is added to.
+template <class Element>
+inline void expand(const ExpandPiece& p, uint32_t block, ExpandStage (&)[EXPAND_STAGES]) {
+  const uint32_t row_tile = block / uint32_t(p.column_tiles), column_tile = block - row_tile * uint32_t(p.column_tiles);
+  for (int32_t i = threadIdx.x; i < EXPAND_TILE * EXPAND_TILE; i += THREADS) {
+    const int64_t token = int64_t(row_tile) * EXPAND_TILE + i / EXPAND_TILE;
+    const int64_t column = int64_t(column_tile) * EXPAND_TILE + i % EXPAND_TILE;
+    if (token >= p.tokens || column >= p.columns) continue;
+    const Element* first = static_cast<const Element*>(p.first) + token * p.depth;
+    const Element* second = static_cast<const Element*>(p.second) + column * p.depth;
+    Element& to = static_cast<Element*>(p.to)[token * p.to_stride + column];
+    float sum = widen(to);
+    for (int64_t k = 0; k < p.depth; ++k) sum += widen(first[k]) * widen(second[k]);
+    to = narrow<Element>(sum);
+  }
+}
+
+#endif
+
+}  // namespace
+
+KERNEL_OF_TWO(pass_expand, PassExpand) {
+  __shared__ ExpandStage stages[EXPAND_STAGES];
+  const ExpandPiece& p = args.piece[piece_of_block(args, blockIdx.x)];
+  const uint32_t block = blockIdx.x - uint32_t(p.first_block);
+  if (args.dtype == BFLOAT16)
+    expand<bfloat16>(p, block, stages);
+  else
+    expand<float16>(p, block, stages);
 }
 
 // A gradient: of A or B from its product's terms, of E from the tiles' sums.

@@ -1,4 +1,5 @@
-//! Forward and backward: cuBLAS multiplies what is as long as the tokens, kernels do the rest.
+//! Forward and backward: cuBLAS multiplies what is as long as the tokens, kernels do the rest. So do they where a product
+//! is added to y or dx of half precision: there cuBLAS rounds twice, the product and the sum, and takes longer.
 //!
 //! What is read and written per call, as large as x, y, dy or dx (everything else is as small as the factors, or as
 //! [tokens, rank]):
@@ -6,12 +7,12 @@
 //! | stage | product | x | y | dy | dx |
 //! | --- | --- | --- | --- | --- | --- |
 //! | forward, project | `x A'^T`, one for all adapters | read | | | |
-//! | forward, expand | `y += hE B'^T`, one for each adapter | | read, written | | |
+//! | forward, expand | `y += hE B'^T`, one for each adapter, in float32 sums that are rounded once | | read, written | | |
 //! | backward, project | `dy B'`, one for each adapter | | | read | |
 //! | backward, project | `(hE)^T dy`, one for each adapter | | | read | |
 //! | backward, both, where h was not kept | `x A'^T`, one for all adapters | read | | | |
 //! | backward, expand | `(gE)^T x`, one for all adapters | read | | | |
-//! | backward, expand | `dx += gE A'`, one for all adapters | | | | read, written |
+//! | backward, expand | `dx += gE A'`, one for all adapters, likewise | | | | read, written |
 //!
 //! Dropout above 0: the adapter is multiplied alone. A copy of x without its dropped elements is written to the
 //! workspace (x read, the copy written) and read instead of x. Its share of dx is written to the workspace in the
@@ -40,6 +41,8 @@ const PADDING: usize = 8;
 /// Tokens of a tile at least, and tiles at most.
 const LEAST_TILE: usize = 8;
 const MOST_TILES: usize = 1024;
+/// Tokens of a block that expands, and columns.
+const EXPAND_TILE: usize = 128;
 /// Blocks that go over a matrix or a factor at most; each then does more.
 const MOST_BLOCKS: usize = 1 << 20;
 const MOST_FACTOR_BLOCKS: usize = 1 << 12;
@@ -107,7 +110,7 @@ struct PackPiece {
     from_dtype: i32,
     e_dtype: i32,
     is_a: i32,
-    active_only: i32,
+    expands: i32,
 }
 
 #[derive(Clone, Copy)]
@@ -174,6 +177,29 @@ struct PassScales {
     tiles: i64,
     pieces: i32,
     reserved: i32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct ExpandPiece {
+    first: Address,
+    second: Address,
+    to: Address,
+    to_stride: i64,
+    tokens: i64,
+    columns: i64,
+    depth: i64,
+    first_block: i64,
+    column_tiles: i32,
+    is_aligned: i32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct PassExpand {
+    piece: [ExpandPiece; PIECES],
+    pieces: i32,
+    dtype: i32,
 }
 
 #[derive(Clone, Copy)]
@@ -269,6 +295,7 @@ const _: () = {
     assert!(size_of::<PackPiece>() == 144 && size_of::<PassPack>() == 16 * 144 + 8);
     assert!(size_of::<FinishPiece>() == 216 && size_of::<PassFinish>() == 16 * 216 + 24);
     assert!(size_of::<ScalePiece>() == 32 && size_of::<PassScales>() == 16 * 32 + 16);
+    assert!(size_of::<ExpandPiece>() == 72 && size_of::<PassExpand>() == 16 * 72 + 8);
     assert!(size_of::<GradientPiece>() == 128 && size_of::<PassGradient>() == 16 * 128 + 16);
     assert!(size_of::<Mask>() == 40 && size_of::<PassDrop>() == 112 && size_of::<PassUndrop>() == 136);
 };
@@ -281,6 +308,8 @@ unsafe impl Arguments for PassPack {}
 unsafe impl Arguments for PassFinish {}
 // SAFETY: as above.
 unsafe impl Arguments for PassScales {}
+// SAFETY: as above.
+unsafe impl Arguments for PassExpand {}
 // SAFETY: as above.
 unsafe impl Arguments for PassGradient {}
 // SAFETY: as above.
@@ -315,6 +344,7 @@ pieces! {
     MagnitudePiece: |p| 2 * p.rank;
     PackPiece: |p| p.blocks;
     ScalePiece: |p| p.rank;
+    ExpandPiece: |p| (p.tokens as usize).div_ceil(EXPAND_TILE) * p.column_tiles as usize;
     GradientPiece: |p| p.blocks;
 }
 
@@ -435,7 +465,7 @@ struct Unit {
     /// Padded triplets.
     rank: usize,
     drops: bool,
-    /// A for the first and second product: [terms * rank, input], [pairs * rank, input].
+    /// A for the first and second product: [terms * rank, input], [input, pairs * rank].
     a_project: Address,
     a_expand: Address,
     /// `x A^T`, [tokens, terms * rank].
@@ -532,7 +562,7 @@ impl Layout {
             slot.weighted = arena.take(&[tokens, pairs * slot.padded, operand]);
         }
         for unit in &mut units {
-            unit.a_expand = arena.take(&[pairs * unit.rank, input, operand]);
+            unit.a_expand = arena.take(&[geometries[0].input.local, pairs * unit.rank, operand]);
             unit.weighted = arena.take(&[tokens, pairs * unit.rank, operand]);
             unit.gradient = arena.take(&[terms * unit.rank, input, compute]);
         }
@@ -717,16 +747,19 @@ impl Run<'_> {
             from_dtype: code(factor.dtype),
             e_dtype: code(call.params.e.dtype),
             is_a: i32::from(is_a),
-            active_only: i32::from(expands),
+            expands: i32::from(expands),
         }
     }
 
     /// A for the first or the second product.
     fn pack_a(&self, unit: &Unit, slot: &Slot, expands: bool) -> PackPiece {
-        let stride = self.layout.input_stride;
-        let to = if expands { unit.a_expand } else { unit.a_project };
-        let to = to.offset(slot.offset * stride * self.layout.elements.operand.size());
-        self.pack_piece(slot, true, expands, to, (stride, unit.rank * stride))
+        let (elements, stride) = (&self.layout.elements, self.layout.input_stride);
+        let (to, begin, place) = if expands {
+            (unit.a_expand, slot.offset, (elements.pairs() * unit.rank, unit.rank))
+        } else {
+            (unit.a_project, slot.offset * stride, (stride, unit.rank * stride))
+        };
+        self.pack_piece(slot, true, expands, to.offset(begin * elements.operand.size()), place)
     }
 
     /// B for the first or the second product.
@@ -793,6 +826,35 @@ impl Run<'_> {
         let input = self.pass.calls[0].geometry.input.local;
         let a = self.own(unit.a_project, self.layout.input_stride, true);
         self.multiply((self.pass.tokens, columns, input), x, a, 0.0, self.sums(unit.projected, columns))
+    }
+
+    /// Adds to each matrix what two operands give: [tokens, depth] and [columns, depth].
+    fn expand<'m>(&self, products: impl Iterator<Item = (Address, Address, usize, &'m Matrix)>) -> Result<()> {
+        let (tokens, operand) = (self.pass.tokens, self.layout.elements.operand);
+        if !matches!(operand, Dtype::Bfloat16 | Dtype::Float16) {
+            for (first, second, depth, to) in products {
+                let (first, second) = (self.own(first, depth, false), self.own(second, depth, true));
+                let c = Operand { data: to.data, stride: to.row_stride, dtype: to.dtype, transposed: false };
+                self.multiply((tokens, to.columns, depth), first, second, 1.0, c)?;
+            }
+            return Ok(());
+        }
+        let pieces = products.map(|(first, second, depth, to)| ExpandPiece {
+            first,
+            second,
+            to: to.data,
+            to_stride: to.row_stride as i64,
+            tokens: tokens as i64,
+            columns: to.columns as i64,
+            depth: depth as i64,
+            first_block: 0,
+            column_tiles: to.columns.div_ceil(EXPAND_TILE) as i32,
+            is_aligned: i32::from(to.data.0.is_multiple_of(16) && (to.row_stride * 2).is_multiple_of(16)),
+        });
+        in_launches(pieces, |piece, pieces, blocks| {
+            let args = PassExpand { piece, pieces, dtype: code(operand) };
+            self.session.launch(Kernel::PassExpand, blocks, THREADS as u32, &args)
+        })
     }
 
     fn h_of_product(&self, unit: &Unit, slot: &Slot) -> Source {
@@ -889,7 +951,7 @@ impl Run<'_> {
 
     fn forward(&self) -> Result<()> {
         let (pass, layout) = (self.pass, &self.layout);
-        let (tokens, pairs) = (pass.tokens, layout.elements.pairs());
+        let pairs = layout.elements.pairs();
         self.find_magnitudes()?;
         self.pack(self.all_live().flat_map(|(unit, slot)| {
             let a = pass.stages.project.then(|| self.pack_a(unit, slot, false));
@@ -917,12 +979,11 @@ impl Run<'_> {
                 }
                 piece
             }))?;
-            for slot in self.slots(unit) {
-                let Some(y) = self.call(slot).output.filter(|_| pass.stages.expand) else { continue };
-                let columns = pairs * slot.padded;
-                let (h, b) = (self.own(slot.weighted, columns, false), self.own(slot.b_expand, columns, true));
-                let y = Operand { data: y.data, stride: y.row_stride, dtype: y.dtype, transposed: false };
-                self.multiply((tokens, slot.output, columns), h, b, 1.0, y)?;
+            if pass.stages.expand {
+                self.expand(self.live(unit).filter_map(|slot| {
+                    let y = self.call(slot).output.as_ref()?;
+                    Some((slot.weighted, slot.b_expand, pairs * slot.padded, y))
+                }))?;
             }
         }
         Ok(())
@@ -1107,17 +1168,16 @@ impl Run<'_> {
             }))?;
         }
         let columns = layout.elements.pairs() * unit.rank;
-        let (g, a) = (self.own(unit.weighted, columns, false), self.own(unit.a_expand, layout.input_stride, false));
+        let (g, a) = (self.own(unit.weighted, columns, false), self.own(unit.a_expand, columns, true));
         let product = (self.pass.tokens, dx.columns, columns);
         let is_last = i + 1 == layout.units.len();
         let Some(mask) = self.mask(unit) else {
             // Only the first unit has no mask.
-            let (beta, c) = if is_last {
-                (1.0, Operand { data: dx.data, stride: dx.row_stride, dtype: dx.dtype, transposed: false })
-            } else {
-                (0.0, self.sums(layout.sum, layout.input_stride))
-            };
-            return self.multiply(product, g, a, beta, c);
+            if is_last {
+                let live = (columns > 0).then_some((unit.weighted, unit.a_expand, columns, dx));
+                return self.expand(live.into_iter());
+            }
+            return self.multiply(product, g, a, 0.0, self.sums(layout.sum, layout.input_stride));
         };
         self.multiply(product, g, a, 0.0, self.sums(layout.share, layout.input_stride))?;
         let (row_blocks, blocks) = self.row_blocks(&mask, dx.columns);
