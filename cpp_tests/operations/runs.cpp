@@ -217,6 +217,21 @@ void bound_again(Backend& backend, const ModelCase& c) {
   }
 }
 
+void gradients_elsewhere(Backend& backend, const ModelCase& c) {
+  Model straight(backend, backend.context(), c), moving(backend, backend.context(), c);
+  for (const Event& event : eventful(c.schedule)) {
+    for (Model* model : {&straight, &moving}) give(*model, event);
+    moving.move_gradients();
+    for (Model* model : {&straight, &moving}) model->step(event.step);
+    ASSERT_EQ(straight.tensors(), moving.tensors()) << "step " << event.step;
+    ASSERT_EQ(straight.save(), moving.save()) << "step " << event.step;
+  }
+  const Model fresh(backend, backend.context(), c);
+  ASSERT_NE(moving.save(), fresh.save());
+  moving.forget();
+  EXPECT_EQ(moving.save(), fresh.save());
+}
+
 // How two processes share a model: both halves of everything, E on both, or everything on both.
 enum class Split { halves, E_replicated, all_replicated };
 
@@ -566,6 +581,7 @@ std::vector<Case> run_cases() {
       rows.push_back({"step is update, scores and select", what, [c](Backend& b) { separate_calls(b, c); }});
       rows.push_back({"resumed at every step", what, [c](Backend& b) { resumed(b, c); }});
       rows.push_back({"bound again at every step", what, [c](Backend& b) { bound_again(b, c); }});
+      rows.push_back({"gradients elsewhere at every step", what, [c](Backend& b) { gradients_elsewhere(b, c); }});
       rows.push_back({"sharded writes what it owns", what, [c](Backend& b) { writes_what_it_owns(b, c); }});
       rows.push_back({"compacted after the last mask", what,
                       [=](Backend& b) { compacted(b, c, 32 * roundoff(master ? compute_type(param) : param)); }});

@@ -1,6 +1,7 @@
 #include "model.hpp"
 
 #include <numeric>
+#include <utility>
 
 #include "random.hpp"
 
@@ -143,6 +144,17 @@ adalora_slice_t Model::slice(const Owned& range) const {
 }
 
 adalora_status_t Model::try_to_bind(const std::vector<Owned>& owned) {
+  size_t state = 0, workspace = 0;
+  require(adalora_allocator_sizes(allocator_.get(), static_cast<int64_t>(owned.size()), &state, &workspace, nullptr));
+  if (!state_) state_.emplace(backend_, state, static_cast<unsigned char>(0));
+  // The earlier workspace is the allocator's until it is bound again.
+  Buffer own(backend_, workspace);
+  const adalora_status_t status = bind_in(own, owned, backend_.waiting_stream());
+  if (status == ADALORA_SUCCESS) workspace_ = std::move(own);
+  return status;
+}
+
+adalora_status_t Model::bind_in(const Buffer& workspace, const std::vector<Owned>& owned, void* stream) {
   std::vector<adalora_slice_t> slices;
   for (const Owned& range : owned) slices.push_back(slice(range));
   std::vector<adalora_hyper_t> hypers;
@@ -151,18 +163,10 @@ adalora_status_t Model::try_to_bind(const std::vector<Owned>& owned) {
     hypers.push_back(
         {sizeof(adalora_hyper_t), rates_[2 * i].data(), rates_[2 * i + 1].data(), h.beta1, h.beta2, h.eps});
   }
-  const auto n = static_cast<int64_t>(slices.size());
-  size_t state = 0, workspace = 0;
-  require(adalora_allocator_sizes(allocator_.get(), n, &state, &workspace, nullptr));
-  if (!state_) state_.emplace(backend_, state, static_cast<unsigned char>(0));
-  // The earlier workspace is the allocator's until it is bound again.
-  Buffer own(backend_, workspace);
-  const adalora_status_t status =
-      adalora_allocator_bind(allocator_.get(), state_->data(), own.data(), slices.data(), sizeof(adalora_slice_t), n,
-                             case_.moments ? hypers.data() : nullptr, sizeof(adalora_hyper_t),
-                             case_.moments ? static_cast<int64_t>(hypers.size()) : 0, backend_.waiting_stream());
-  if (status == ADALORA_SUCCESS) workspace_ = std::move(own);
-  return status;
+  return adalora_allocator_bind(allocator_.get(), state_->data(), workspace.data(), slices.data(),
+                                sizeof(adalora_slice_t), static_cast<int64_t>(slices.size()),
+                                case_.moments ? hypers.data() : nullptr, sizeof(adalora_hyper_t),
+                                case_.moments ? static_cast<int64_t>(hypers.size()) : 0, stream);
 }
 
 void Model::move() {
@@ -182,6 +186,21 @@ void Model::move() {
   state.write(state_->read());
   std::swap(*state_, state);
   bind(everything());
+}
+
+void Model::move_gradients() {
+  for (Part& part : parts_) {
+    Tensor g(backend_, part.g.type(), part.g.rows(), part.g.columns());
+    g.write(part.g.bytes());
+    part.g.write(Bytes(g.bytes().size(), canary));
+    left_gradients_.push_back(std::exchange(part.g, std::move(g)));
+  }
+  require(bind_in(*workspace_, everything(), backend_.stream()));
+}
+
+void Model::forget() {
+  state_->write(Bytes(state_->size(), 0));
+  move_gradients();
 }
 
 void Model::set_gradients(uint64_t seed, double size) {

@@ -65,6 +65,10 @@ class Model {
   adalora_status_t try_to_bind(const std::vector<Owned>& owned);
   // Everything, with all buffers at other addresses.
   void move();
+  // Everything, with gradients alone at other addresses: enqueued, as a step is.
+  void move_gradients();
+  // A new run with the parameters, moments and averages that there are, in the same memory.
+  void forget();
   std::vector<Owned> everything() const;
   adalora_slice_t slice(const Owned& range) const;
 
@@ -104,10 +108,13 @@ class Model {
   adalora_step_t step_at(int64_t step) const;
 
  private:
+  adalora_status_t bind_in(const Buffer& workspace, const std::vector<Owned>& owned, void* stream);
+
   Backend& backend_;
   ModelCase case_;
   std::vector<Adapter> adapters_;
   std::vector<Part> parts_;
+  std::vector<Tensor> left_gradients_;  // A call that is enqueued may still read them.
   Allocator allocator_;
   mutable Value<int64_t> step_;
   Value<double> factor_;

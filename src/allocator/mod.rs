@@ -344,7 +344,13 @@ impl Allocator {
         let sizes = self.sizes(slices.len())?;
         let binding = Binding::new(Arc::clone(&self.model), (state, workspace), sizes, slices, hypers)?;
         let mut bound = self.bound.write();
-        *bound = Some(self.context.backend().bind(binding, stream)?);
+        let binding = match bound.as_deref_mut() {
+            Some(bound) => bound.rebind(binding, stream)?,
+            None => Some(binding),
+        };
+        if let Some(binding) = binding {
+            *bound = Some(self.context.backend().bind(binding, stream)?);
+        }
         Ok(())
     }
 

@@ -73,6 +73,11 @@ pub trait BoundAllocator: Send + Sync {
     /// Where they lie.
     fn binding(&self) -> &Binding;
 
+    /// Takes other buffers in place of its own where that needs no new tables; else gives them back.
+    fn rebind(&mut self, binding: Binding, _: Stream) -> Result<Option<Binding>> {
+        Ok(Some(binding))
+    }
+
     /// Gram matrices of the owned elements.
     fn gram(&mut self, gram: Address, stream: Stream) -> Result<()>;
 

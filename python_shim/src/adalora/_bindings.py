@@ -905,7 +905,8 @@ field, what it held and what it may hold.
 
 @param n_slices How many slices will be bound.
 @param state Receives the bytes of the state: pattern, Adam's clocks, counters.
-@param workspace Receives the bytes of the workspace, whose contents need not be kept between calls.
+@param workspace Receives the bytes of the workspace, whose contents need not be kept between calls
+on the CPU.
 @param gram Receives the bytes of the Gram matrices: for each adapter in order `A A^T`, then `B^T B`,
 [rank, rank] each, float64, without gaps.
 
@@ -931,10 +932,17 @@ Each may be NULL.
 in use until the next bind or the allocator's end, and the descriptors themselves are copied. May
 allocate and synchronise. To be repeated when a buffer moves.
 
+On CUDA the workspace is the allocator's alone until then, since it holds where everything lies:
+calls that were captured into a graph work on what is bound when they run. A bind waits for the
+stream, and cannot be captured; but one that finds all as it was bound before, gradients alone
+elsewhere, only enqueues, may be captured, and does not look at the state, but that zeros begin a
+run.
+
 @param state `adalora_allocator_sizes` bytes, aligned to 64. Zeros are a fresh run; otherwise what an
 earlier bind of the same adapters left there, which goes on (also in a copy at another address). What
 begins otherwise is refused.
-@param workspace Likewise sized and aligned; any contents.
+@param workspace Likewise sized and aligned; any contents, but on CUDA, where it is what was bound
+before, as it was left. Not to be shared with another allocator there.
 @param slices n descriptors, `stride` bytes apart. Their order does not matter. Ranges of one matrix
 must not overlap.
 @param hypers n_hyper descriptors, `hyper_stride` bytes apart; none are needed where AdamW is never

@@ -43,6 +43,9 @@ const MAX_RANK: usize = 1 << 24;
 /// Blocks of a launch, and entries of a table.
 const MAX_BLOCKS: usize = i32::MAX as usize;
 
+/// Slices whose gradients' places fit a launch.
+const REBIND_SLICES: usize = 496;
+
 const NULL: Address = Address(0);
 
 /// The end of a call that changes the run: what of it is asked for.
@@ -125,6 +128,17 @@ twins! {
         gram_part: i64,
         distance_block: i64,
         penalty_block: i64,
+    }
+
+    RebindArguments: 4080 {
+        slices: Address,
+        first: i64,
+        count: i64,
+        header: Address,
+        pattern: Address,
+        n_triplets: i64,
+        fresh: Header,
+        g: [Address; REBIND_SLICES],
     }
 
     SquaresArguments: 48 {
@@ -654,11 +668,28 @@ impl CudaAllocator {
         Ok(true)
     }
 
+    /// Whether the tables hold for other buffers, but for where gradients lie.
+    fn serves(&self, other: &Binding) -> bool {
+        let entry = |slice: &Slice, binding| SliceEntry { g: NULL, ..SliceEntry::new(slice, binding) };
+        let own = &self.binding;
+        own.state == other.state
+            && own.workspace == other.workspace
+            && own.slices.len() == other.slices.len()
+            && own.slices.iter().zip(&other.slices).all(|(slice, moved)| {
+                slice.is_empty() == moved.is_empty()
+                    && (slice.is_empty() || bytes_of(&entry(slice, own)) == bytes_of(&entry(moved, other)))
+            })
+    }
+
+    fn fresh_header(&self) -> Header {
+        let model = self.model();
+        Header { magic: MAGIC, model: model.digest, flags: model.fresh_flags(), ..Header::default() }
+    }
+
     fn fresh(&self) -> Result<State> {
         let model = self.model();
-        let header = Header { magic: MAGIC, model: model.digest, flags: model.fresh_flags(), ..Header::default() };
         let mut state = State {
-            header,
+            header: self.fresh_header(),
             clocks: reserve(model.geometries.len(), "clocks")?,
             pattern: reserve(model.triplets(), "triplets")?,
         };
@@ -858,6 +889,38 @@ fn header_from(bytes: &[u8]) -> Header {
 impl BoundAllocator for CudaAllocator {
     fn binding(&self) -> &Binding {
         &self.binding
+    }
+
+    /// Gradients move from step to step where a trainer lets them go: then nothing is read back, so that the bind may
+    /// be captured.
+    fn rebind(&mut self, binding: Binding, stream: Stream) -> Result<Option<Binding>> {
+        if !self.serves(&binding) {
+            return Ok(Some(binding));
+        }
+        let mut g: Vec<Address> = reserve(self.n_slices, "slices")?;
+        g.extend(binding.slices.iter().filter(|s| !s.is_empty()).map(|s| s.g.0));
+        let mut args = RebindArguments {
+            slices: self.at(self.layout.slices),
+            first: 0,
+            count: 0,
+            header: binding.state,
+            pattern: self.pattern(),
+            n_triplets: self.model().triplets() as i64,
+            fresh: self.fresh_header(),
+            g: [NULL; REBIND_SLICES],
+        };
+        let written = self.device.enter(stream, |session| {
+            for first in (0..g.len().max(1)).step_by(REBIND_SLICES) {
+                let some = &g[first..g.len().min(first + REBIND_SLICES)];
+                args.g[..some.len()].copy_from_slice(some);
+                (args.first, args.count) = (first as i64, some.len() as i64);
+                launch(session, Kernel::AllocatorRebind, 1, &args)?;
+            }
+            Ok(())
+        });
+        written.map_err(undefined("workspace and state"))?;
+        self.binding = binding;
+        Ok(None)
     }
 
     fn gram(&mut self, gram: Address, stream: Stream) -> Result<()> {

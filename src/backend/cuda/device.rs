@@ -74,6 +74,7 @@ kernels! {
     WeightDeltaFloat32: c"weight_delta_float32",
     WeightDeltaFloat64: c"weight_delta_float64",
     GradientFactor: c"gradient_factor",
+    AllocatorRebind: c"allocator_rebind",
     AllocatorPlan: c"allocator_plan",
     AllocatorSquares: c"allocator_squares",
     AllocatorNorm: c"allocator_norm",

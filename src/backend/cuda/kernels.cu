@@ -1311,6 +1311,21 @@ __device__ inline Four<T> four(const void* from, int64_t at) {
   return *reinterpret_cast<const Four<T>*>(static_cast<const T*>(from) + at);
 }
 
+// ---- Binding
+
+struct RebindArguments {
+  Slice* slices;
+  // Of those whose gradients are elsewhere now.
+  int64_t first, count;
+  // A state all of zeros becomes this one.
+  Header* header;
+  uint8_t* pattern;
+  int64_t n_triplets;
+  Header fresh;
+  void* g[496];
+};
+static_assert(sizeof(RebindArguments) == 4080);
+
 // ---- Norm
 
 struct SquaresArguments {
@@ -1959,6 +1974,17 @@ static_assert(sizeof(GatherArguments) == 232);
 
 }  // namespace allocator
 }  // namespace
+
+// One block: gradients that have moved, and a run that begins.
+KERNEL(allocator_rebind, allocator::RebindArguments) {
+  using namespace allocator;
+  for (int64_t i = threadIdx.x; i < args.count; i += THREADS) args.slices[args.first + i].g = args.g[i];
+  const bool begins = args.header->magic == 0;
+  __syncthreads();
+  if (!begins) return;
+  for (int64_t i = threadIdx.x; i < args.n_triplets; i += THREADS) args.pattern[i] = 1;
+  if (threadIdx.x == 0) *args.header = args.fresh;
+}
 
 // Sums of squares of the gradients that count, a chunk each, and whether any is not finite.
 KERNEL(allocator_squares, allocator::SquaresArguments) {
