@@ -97,6 +97,14 @@ std::vector<Case> dropout_cases() {
     layer.stages_apart = true;
     layer.pattern = true;
     add("in two stages with a pattern");
+    layer.stages_apart = layer.pattern = false;
+    layer.every_other_drops = true;
+    layer.out.push_back(6);
+    layer.rank.push_back(2);
+    add("two of four adapters drop");
+    layer.gap = 0;
+    layer.in = 64;
+    add("two of four adapters drop, 64 features");
   }
   return rows;
 }

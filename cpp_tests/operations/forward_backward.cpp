@@ -27,9 +27,26 @@ void against_oracle(Backend& backend, const LayerCase& layer) {
   pass.check_backward(expected);
 }
 
-// sum(y * weights), whose gradient for y is `weights`.
-double weighted_output(Backend& backend, const LayerCase& layer, const LayerContents& contents) {
+// Every third E is 0: such triplets add nothing, whatever their vectors hold, and with them h and g.
+void zero_stays_zero(Backend& backend, LayerCase layer) {
+  layer.keeps_h = false;
+  LayerContents contents = random_contents(layer);
+  const LayerResults expected = expected_results(layer, contents);
+  for (AdapterContents& one : contents.adapters) one.params.A(0, 0) = INFINITY, one.params.B(0, 0) = NAN;
   Pass pass(backend, backend.context(), layer, contents);
+  pass.forward();
+  pass.check_forward(expected);
+  pass.backward();
+  const double eps = backend.tolerance_of_products(layer.activation, layer.param, layer.operand_terms);
+  expect_close(layer.name + ": dx", expected.dx, pass.dx(), eps, layer.activation);
+  for (int m : {0, 2})
+    expect_close(layer.name + ": gradient of " + "AEB"[m], expected.adapters[0].grads[m], pass.gradient(0, m), eps,
+                 layer.param);
+}
+
+// sum(y * weights), whose gradient for y is `weights`.
+double weighted_output(Pass& pass, const LayerCase& layer, const LayerContents& contents) {
+  pass.give(contents);
   pass.forward();
   double sum = 0;
   for (size_t k = 0; k < layer.adapters(); ++k) {
@@ -44,7 +61,7 @@ void against_finite_differences(Backend& backend, LayerCase layer) {
   layer.accumulates = false;
   LayerContents contents = random_contents(layer);
   std::fill(contents.dx.values.begin(), contents.dx.values.end(), 0.0);
-  Pass pass(backend, backend.context(), layer, contents);
+  Pass pass(backend, backend.context(), layer, contents), other(backend, backend.context(), layer, contents);
   pass.forward();
   pass.backward();
   const double fraction = 1e-12;
@@ -55,9 +72,9 @@ void against_finite_differences(Backend& backend, LayerCase layer) {
     for (size_t i = 0; i < target.values.size(); ++i) {
       const double here = target.values[i];
       target.values[i] = here + 0.5;
-      const double above = weighted_output(backend, layer, moved);
+      const double above = weighted_output(other, layer, moved);
       target.values[i] = here - 0.5;
-      slopes.values[i] = above - weighted_output(backend, layer, moved);
+      slopes.values[i] = above - weighted_output(other, layer, moved);
       target.values[i] = here;
     }
     return slopes;
@@ -176,6 +193,15 @@ std::vector<LayerCase> layers() {
       all.push_back(split);
     }
 
+  for (const Types& group : {Types{f64, f64}, Types{f32, f32}, Types{bf16, f32}, Types{f16, f32}}) {
+    LayerCase most = of(group, {9, 24, 5, 3});
+    most.out.clear();
+    most.rank.clear();
+    for (int64_t i = 0; i < 64; ++i) most.out.push_back(1 + i % 7), most.rank.push_back(i % 5);
+    most.name = name_of(group.activation) + " " + name_of(group.param) + " 64 adapters";
+    all.push_back(most);
+  }
+
   LayerCase no_dx = of(types, {64, 33, 65, 8});
   no_dx.wants_dx = false;
   no_dx.name += " without dx";
@@ -203,6 +229,12 @@ std::vector<Case> forward_backward_cases() {
   std::vector<Case> rows;
   for (const LayerCase& layer : layers())
     rows.push_back({"forward and backward", layer.name, [layer](Backend& backend) { against_oracle(backend, layer); }});
+
+  for (const Types& types : all_types) {
+    const LayerCase layer = of(types, {33, 65, 13, 8});
+    rows.push_back(
+        {"a triplet whose E is 0 adds nothing", layer.name, [layer](Backend& b) { zero_stays_zero(b, layer); }});
+  }
 
   std::vector<LayerCase> small = {of({f64, f64}, {5, 7, 6, 3}), of({f64, f64}, {1, 1, 1, 1}),
                                   query_key_value({f64, f64}, 2)};

@@ -13,6 +13,7 @@ double LayerCase::scaling_of(size_t adapter) const {
 oracle::Dropout LayerCase::dropout_of(size_t adapter) const {
   oracle::Dropout own = dropout;
   own.probability /= static_cast<double>(adapter + 1);
+  if (every_other_drops && adapter % 2 == 0) own.probability = 0;
   own.seed += adapter;
   own.column0 = in_begin;
   return own;

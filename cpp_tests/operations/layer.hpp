@@ -30,6 +30,7 @@ struct LayerCase {
   double scaling = 0;    // 0: the adapter's own
   double alpha = 0;
   support::oracle::Dropout dropout;    // of the first adapter; each further one has its own
+  bool every_other_drops = false;      // the first, the third and so on have none
   int64_t whole_in = 0, in_begin = 0;  // where the case is a tensor-parallel share
   int64_t whole_out = 0, out_begin = 0;
 

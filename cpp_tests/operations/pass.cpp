@@ -116,6 +116,19 @@ std::vector<adalora_call_t> Pass::calls() {
   return all;
 }
 
+void Pass::give(const LayerContents& contents) {
+  x_.set(contents.x);
+  if (all_y_) all_y_->set(side_by_side(contents.adapters, &AdapterContents::y));
+  for (size_t k = 0; k < adapters_.size(); ++k) {
+    const auto& [params, grads, y, dy] = contents.adapters[k];
+    One& one = adapters_[k];
+    one.A.set(params.A);
+    one.E.set(layer_.e_is_column ? transposed(params.E) : params.E);
+    one.B.set(params.B);
+    if (!all_y_) one.y.set(y);
+  }
+}
+
 void Pass::forward(int32_t stages) {
   auto all = calls();
   const adalora_matrix_t x = x_.matrix();

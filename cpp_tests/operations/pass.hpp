@@ -15,6 +15,9 @@ class Pass {
  public:
   Pass(support::Backend& backend, adalora_context_t* context, const LayerCase& layer, const LayerContents& contents);
 
+  // Input, parameters and y of a forward pass anew.
+  void give(const LayerContents& contents);
+
   void forward(int32_t stages);
   void backward(int32_t stages);
 

@@ -77,6 +77,7 @@ class Cpu final : public Backend {
     return memory;
   }
   void release(void* memory) override { std::free(memory); }
+  void fill(void* to, unsigned char byte, size_t bytes) override { std::memset(to, byte, bytes); }
   void upload(void* to, const void* from, size_t bytes) override { copy(to, from, bytes); }
   void download(void* to, const void* from, size_t bytes) override { copy(to, from, bytes); }
 

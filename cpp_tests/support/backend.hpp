@@ -52,7 +52,8 @@ class Backend {
   virtual void* allocate(size_t bytes) = 0;
   virtual void release(void* memory) = 0;
 
-  // Both wait until the bytes are there.
+  // All three wait until the bytes are there.
+  virtual void fill(void* to, unsigned char byte, size_t bytes) = 0;
   virtual void upload(void* to, const void* from, size_t bytes) = 0;
   virtual void download(void* to, const void* from, size_t bytes) = 0;
 };

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "compare.hpp"
+#include "software_cuda/software_cuda.hpp"
 
 namespace support::cuda {
 
@@ -242,6 +243,13 @@ void Device::release(void* memory) {
   call<void*>("cudaFree", memory);
 }
 
+void Device::fill(void* to, unsigned char byte, size_t bytes) {
+  run_captured();
+  const On on(device_);
+  call<void*, int, size_t, void*>("cudaMemsetAsync", to, byte, bytes, stream_);
+  synchronize(stream_);
+}
+
 void Device::upload(void* to, const void* from, size_t bytes) {
   run_captured();
   const On on(device_);
@@ -265,18 +273,29 @@ void Device::run_captured() {
 
 namespace software {
 
+// As it is declared; found where it is, since nothing is linked.
+template <class Function>
+Function* function(Function&, const char* name) {
+  return reinterpret_cast<Function*>(symbol(name));
+}
+
 bool is_there() { return wanted() && exported("software_cuda_calls") != nullptr; }
 
 int64_t calls(const char* name) {
-  return reinterpret_cast<int64_t (*)(const char*)>(symbol("software_cuda_calls"))(name);
+  if (name == nullptr) return function(software_cuda_calls, "software_cuda_calls")();
+  return function(software_cuda_calls_of, "software_cuda_calls_of")(name);
 }
 
-void fail(int64_t n) { reinterpret_cast<void (*)(int64_t)>(symbol("software_cuda_fail"))(n); }
+void fail(int64_t n) { function(software_cuda_fail_call, "software_cuda_fail_call")(n); }
 
-const char* failed() { return reinterpret_cast<const char* (*)()>(symbol("software_cuda_failed"))(); }
+std::string failed() { return function(software_cuda_failed_call, "software_cuda_failed_call")(); }
 
-int64_t live(const char* kind) {
-  return reinterpret_cast<int64_t (*)(const char*)>(symbol("software_cuda_live"))(kind);
+std::vector<int64_t> living() {
+  std::vector<int64_t> all;
+  for (int kind : {SOFTWARE_CUDA_ALLOCATIONS, SOFTWARE_CUDA_STREAMS, SOFTWARE_CUDA_EVENTS,
+                   SOFTWARE_CUDA_RETAINED_CONTEXTS, SOFTWARE_CUDA_MODULES, SOFTWARE_CUDA_HANDLES})
+    all.push_back(function(software_cuda_live, "software_cuda_live")(kind));
+  return all;
 }
 
 }  // namespace software

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "backend.hpp"
 
@@ -94,6 +95,7 @@ class Device final : public Backend {
   double tolerance_of_products(adalora_dtype_t activation, adalora_dtype_t param, int32_t terms) const override;
   void* allocate(size_t bytes) override;
   void release(void* memory) override;
+  void fill(void* to, unsigned char byte, size_t bytes) override;
   void upload(void* to, const void* from, size_t bytes) override;
   void download(void* to, const void* from, size_t bytes) override;
 
@@ -108,17 +110,17 @@ class Device final : public Backend {
   bool captures_ = false, capture_began_ = false;
 };
 
-// What software CUDA counts, and can make fail; nothing of it is there on a GPU.
+// What software CUDA counts, and can make fail (software_cuda/software_cuda.hpp); nothing of it is there on a GPU.
 namespace software {
 bool is_there();
 // How often a function was called so far; NULL: all together.
 int64_t calls(const char* name = nullptr);
 // The n-th call from now fails once, doing nothing; 0: none.
 void fail(int64_t n);
-// "function: error" of the call that was made to fail since; NULL: it has not come.
-const char* failed();
-// How many there are of a kind: memory, stream, event, graph, module, handle, context, pushed.
-int64_t live(const char* kind);
+// The function whose call was made to fail since; empty: it has not come.
+std::string failed();
+// How many there are of each kind of object.
+std::vector<int64_t> living();
 }  // namespace software
 
 }  // namespace support::cuda

@@ -27,9 +27,8 @@ class Buffer {
       : backend_(&backend),
         bytes_(bytes),
         memory_(static_cast<unsigned char*>(backend.allocate(margin + bytes + margin))) {
-    Bytes all(margin + bytes + margin, canary);
-    std::fill(all.begin() + margin, all.end() - margin, fill);
-    backend.upload(memory_, all.data(), all.size());
+    backend.fill(memory_, canary, margin + bytes + margin);
+    if (fill != canary) backend.fill(memory_ + margin, fill, bytes);
   }
   Buffer(Buffer&& other) noexcept
       : backend_(other.backend_), bytes_(other.bytes_), memory_(std::exchange(other.memory_, nullptr)) {}
@@ -139,7 +138,7 @@ class Tensor {
 
   // Rounds to the element type; gaps stay as they are.
   void set(const Dense<double>& values) {
-    Bytes bytes = buffer_.read();
+    Bytes bytes = stride_ == columns_ ? Bytes(buffer_.size()) : buffer_.read();
     for (int64_t i = 0; i < rows_; ++i)
       for (int64_t j = 0; j < columns_; ++j) store(bytes.data() + place(i, j), values(i, j), type_);
     buffer_.write(bytes);
