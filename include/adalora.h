@@ -53,7 +53,8 @@
 // The backend is not in this library, or this machine lacks what it needs.
 #define ADALORA_ERROR_BACKEND_UNAVAILABLE 6
 
-// Work failed after it had begun: the outputs that the text names are undefined, the library's own state is as it was.
+// Work failed after it had begun: the outputs that the text names are undefined, the library's own state is as it was
+// unless the text says otherwise.
 #define ADALORA_ERROR_INCOMPLETE 7
 
 // Bytes from outside are damaged; nothing was changed.

@@ -63,6 +63,8 @@ class Model {
 
   void bind(const std::vector<Owned>& owned) { require(try_to_bind(owned)); }
   adalora_status_t try_to_bind(const std::vector<Owned>& owned);
+  // In a workspace that the test keeps.
+  adalora_status_t bind_in(const Buffer& workspace, const std::vector<Owned>& owned, void* stream);
   // Everything, with all buffers at other addresses.
   void move();
   // Everything, with gradients alone at other addresses: enqueued, as a step is.
@@ -108,8 +110,6 @@ class Model {
   adalora_step_t step_at(int64_t step) const;
 
  private:
-  adalora_status_t bind_in(const Buffer& workspace, const std::vector<Owned>& owned, void* stream);
-
   Backend& backend_;
   ModelCase case_;
   std::vector<Adapter> adapters_;

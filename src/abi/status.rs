@@ -17,7 +17,8 @@ pub const ADALORA_ERROR_OUT_OF_MEMORY: i32 = 4;
 pub const ADALORA_ERROR_UNSUPPORTED: i32 = 5;
 /// The backend is not in this library, or this machine lacks what it needs.
 pub const ADALORA_ERROR_BACKEND_UNAVAILABLE: i32 = 6;
-/// Work failed after it had begun: the outputs that the text names are undefined, the library's own state is as it was.
+/// Work failed after it had begun: the outputs that the text names are undefined, the library's own state is as it was
+/// unless the text says otherwise.
 pub const ADALORA_ERROR_INCOMPLETE: i32 = 7;
 /// Bytes from outside are damaged; nothing was changed.
 pub const ADALORA_ERROR_CORRUPT_DATA: i32 = 8;

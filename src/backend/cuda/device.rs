@@ -336,7 +336,9 @@ impl PrimaryContext {
         std::mem::forget(pushed);
         let value = outcome?;
         popped.map(|()| value).map_err(|e| {
-            Error::new(Code::Incomplete, format!("{}; the device's context is still current in this thread", e.message))
+            let told = "the call's work is enqueued, with what it changes in the library's own state; the device's \
+                        context is still current in this thread";
+            Error::new(Code::Incomplete, format!("{}; {told}", e.message))
         })
     }
 }
