@@ -74,9 +74,8 @@ class RankAllocator:
     reduces scores, norms and Gram matrices over processes. Then all processes make the same calls, `scores`,
     `orthogonality`, `finalize` and those of training among them.
 
-    On CUDA the calls of training are put into PyTorch's current stream, and wait for nothing but where gradients lie
-    elsewhere than at the step before. A step may be captured by `torch.cuda.graph` after one that was not, with
-    gradients that stay in their places (`zero_grad(set_to_none=False)`); which adapters have a gradient is then fixed.
+    On CUDA the calls of training are put into PyTorch's current stream, and wait for nothing. A step may be captured by
+    `torch.cuda.graph` after one that was not; which adapters have a gradient is then fixed.
 
     Args:
         model: what `adapt` returned.
@@ -612,6 +611,7 @@ class RankAllocator:
         self._adamw_values = values(grad_factor=self.grad_factor, found_inf=self.found_inf)
         self._streams = {stream}
         # What is bound: addresses and types; nothing yet.
+        self._captured = False
         self._places: list[int] = []
         self._dtypes: list[torch.dtype] = []
         self._grad_places: list[int] = []
@@ -708,13 +708,15 @@ class RankAllocator:
         places, grad_places = list(map(Tensor.data_ptr, shards)), list(map(Tensor.data_ptr, grads))
         dtypes = [t.dtype for t in (*params, *grads)]
         same = places == self._places and dtypes == self._dtypes and self.moments is self._bound_moments
-        if same and grad_places == self._grad_places and self.hypers is self._bound_hypers:
+        known, capturing = same and self.hypers is self._bound_hypers, self.is_capturing()
+        # A graph binds what it was captured with at every replay, which nobody sees.
+        self._captured = self._captured or capturing
+        if known and grad_places == self._grad_places and not self._captured:
             return
-        if self.is_capturing():
+        if capturing and not known:
             raise InvalidStateError(
-                "capture: expected parameters, gradients and moments where they were at the step before, found them "
-                "elsewhere: let a step go before that is not captured, and zero gradients in place "
-                "(zero_grad(set_to_none=False))"
+                "capture: expected parameters, moments and hyperparameters as at the step before, found others: let a "
+                "step go before that is not captured"
             )
         # Should binding fail, the next call begins from nothing.
         self._places = []

@@ -168,19 +168,19 @@ def test_a_step_reads_nothing_back():
     model, optimizer = begin()
     steps = data(STEPS)
     for batch in steps[:3]:
-        step(model, optimizer, batch, in_place=True)
+        step(model, optimizer, batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in steps[3:]:
-            step(model, optimizer, batch, in_place=True)
+            step(model, optimizer, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum(optimizer.allocator.ranks().values()) == 6
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_a_captured_step_is_the_eager_one(scheduled):
+@pytest.mark.parametrize(("scheduled", "in_place"), [(False, True), (True, False)])
+def test_a_captured_step_is_the_eager_one(scheduled, in_place):
     """Forward, backward, penalty, clipping, AdamW and masks in one graph, through the whole schedule."""
     eager, other = begin()
     model, optimizer = begin()
@@ -194,11 +194,11 @@ def test_a_captured_step_is_the_eager_one(scheduled):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for batch in steps[:3]:
-            step(model, optimizer, batch, in_place=True)
+            step(model, optimizer, batch, in_place)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        penalty = step(model, optimizer, static, in_place=True)
+        penalty = step(model, optimizer, static, in_place)
     assert optimizer.global_step == 3
     for number, batch in enumerate(steps):
         if scheduled:
@@ -222,10 +222,18 @@ def test_a_captured_step_is_the_eager_one(scheduled):
     states = optimizer.state_dict(), other.state_dict()
     assert [state["global_step"] for state in states] == [STEPS, STEPS]
     assert [s["step"].item() for s in states[0]["state"].values()] == [STEPS] * len(states[0]["state"])
-    # Eager steps go on from where the graph stands.
-    step(model, optimizer, steps[0], in_place=True)
-    assert optimizer.global_step == STEPS + 1
-    assert optimizer.allocator.standing().last_step == STEPS
+    # Eager steps and replays go on from each other.
+    for number, batch in enumerate(steps[:4]):
+        step(eager, other, batch)
+        if number % 2:
+            for target, tensor in zip(static, batch, strict=True):
+                target.copy_(tensor)
+            graph.replay()
+        else:
+            step(model, optimizer, batch, in_place)
+        assert_same(model, eager, rtol=1e-9, atol=1e-11)
+    assert optimizer.global_step == STEPS + 4
+    assert optimizer.allocator.standing().last_step == STEPS + 3
 
 
 def test_another_optimisers_step_is_captured():
@@ -266,13 +274,15 @@ def test_another_optimisers_step_is_captured():
 def test_a_capture_that_comes_too_early_is_refused():
     model, optimizer = begin()
     (batch,) = data(1)
-    step(model, optimizer, batch)
-    with pytest.raises(InvalidStateError, match="capture: expected parameters, gradients and moments where they were"):
+    # So that the context is there.
+    loss_of(model, batch).backward()
+    with pytest.raises(InvalidStateError, match="capture: expected parameters, moments and hyperparameters as"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             step(model, optimizer, batch)
     torch.cuda.synchronize()
     optimizer.zero_grad()
     step(model, optimizer, batch)
+    assert optimizer.global_step == 1
 
 
 def test_a_run_in_a_stream_of_its_own():
