@@ -248,6 +248,17 @@ def test_the_same_parameters_with_other_data_are_looked_at_again():
             svd_linear(x, [Part(torch.randn(3, 6), A, E, B, 1.0)])
 
 
+def test_backward_reads_exchanged_parameters_as_they_lie():
+    A, E, B = triplets(6, 6, 6, torch.float64)
+    x, dy = torch.randn(3, 6, dtype=torch.float64, requires_grad=True), torch.randn(3, 6, dtype=torch.float64)
+    for _ in range(2):
+        (y,) = svd_linear(x, [Part(torch.zeros(3, 6, dtype=torch.float64), A, E, B, 0.5)])
+        A.data, B.data = A.data.t(), B.data.t()
+        (dx,) = torch.autograd.grad(y, x, dy)
+        torch.testing.assert_close(dx, (0.5 * ((dy @ B) * E.T) @ A).detach(), rtol=1e-12, atol=1e-12)
+        A.data, B.data = A.data.t(), B.data.t()
+
+
 @pytest.mark.parametrize("changed", [lambda p: p[:2], lambda p: p.double(), lambda p: p.half()])
 def test_backward_refuses_exchanged_parameters(changed):
     A, E, B = triplets(4, 20, 6, torch.float32)

@@ -345,14 +345,18 @@ class _SVDLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[5] and given:
             dx = _base_gradient(x, [(_rows(dys[k]), weights[k]) for k in given if weights[k] is not None])
+        # What took a tensor's place may lie otherwise.
+        regular = regular and all(map(Tensor.is_contiguous, (x, *params)))
         grads: list[Tensor | None] = [None] * (3 * n)
         for at in range(0, 3 * n, n):
             for k in given:
-                grads[at + k] = _empty_like(params[at + k])
+                grads[at + k] = torch.empty_like(params[at + k], memory_format=torch.contiguous_format)
         if given:
-            h_at = [h.data_ptr() + offset for offset in call.h_offsets(tokens)]
-            if len(given) < n or call.thread != threading.get_ident():
+            h_at = call.h_places(h, tokens)
+            if len(given) < n:
                 call = _call((*call.key[:2], *(call.key[2 + k] for k in given)))
+            elif call.thread != threading.get_ident():
+                call = _call(call.key)
             if call.tokens != tokens:
                 call.set_tokens(tokens)
             call.regular = regular
@@ -382,10 +386,6 @@ def _to_write(ys: Sequence[Tensor], in_place: Sequence[bool]) -> list[Tensor]:
         y if overwrite else y.clone(memory_format=torch.contiguous_format)
         for y, overwrite in zip(ys, in_place, strict=True)
     ]
-
-
-def _empty_like(p: Tensor) -> Tensor:
-    return torch.empty_like(p) if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format)
 
 
 _MOST_GUARDS, _MOST_HINTS = 64, 1 << 14
@@ -454,6 +454,8 @@ class Call:
                     place=k,
                 )
             )
+        # What forward saves of each part.
+        self._saved = [(*s, d, d, d) for s, d in zip(self._shapes, self._param_dtypes, strict=True)]
         self.library = adapters[0].library
         # Held here: an adapter lives as long as a call that names it.
         self._handles = [adapter.handle for adapter in adapters]
@@ -553,10 +555,13 @@ class Call:
         self.tokens, self.shapes, self._workspace_bytes = tokens, None, size.value
         self.h_size = tokens * sum(self._ranks)
 
-    def h_offsets(self, tokens: int) -> list[int]:
-        """Bytes from the begin of all parts' h to each part's."""
+    def h_places(self, h: Tensor, tokens: int) -> Sequence[int]:
+        """Where each part's h stands, in memory that holds all parts'."""
+        begin = h.data_ptr()
+        if self.n == 1:
+            return (begin,)
         size = tokens * self.compute_dtype.itemsize
-        return [size * begin for begin in itertools.accumulate(self._ranks, initial=0)][: self.n]
+        return [begin + size * ranks for ranks in itertools.accumulate(self._ranks[:-1], initial=0)]
 
     def forward(
         self,
@@ -578,10 +583,7 @@ class Call:
             seeds: [parts, 2]: seed and offset, where a part drops.
 
         """
-        h_at = None
-        if h is not None:
-            h_begin = h.data_ptr()
-            h_at = (h_begin,) if self.n == 1 else [h_begin + offset for offset in self.h_offsets(self.tokens)]
+        h_at = None if h is None else self.h_places(h, self.tokens)
         kept = self._fill(x, range(self.n), params, scalings, h_at, seeds)
         words = self._words
         for place, output in zip(self._y, outputs, strict=True):
@@ -675,9 +677,9 @@ class Call:
         """Refuse tensors that others took the place of (`p.data = ...`) between forward and backward."""
         n = self.n
         for k in range(n):
-            A, E, B, dtype = params[k], params[n + k], params[2 * n + k], self._param_dtypes[k]
+            A, E, B = params[k], params[n + k], params[2 * n + k]
             found = (A.shape, E.shape, B.shape, A.dtype, E.dtype, B.dtype)
-            if found != (*self._shapes[k], dtype, dtype, dtype):
+            if found != self._saved[k]:
                 raise InvalidStateError(
                     f"backward: expected A, E and B as forward had them, found shapes {[list(s) for s in found[:3]]} "
                     f"and types {found[3:]}"
@@ -724,7 +726,7 @@ def run(
     else:
         # New memory for each call, which PyTorch's allocator orders by stream.
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-        function(*arguments, workspace.data_ptr(), workspace.numel(), current_stream(device))
+        function(*arguments, workspace.data_ptr(), workspace_bytes, torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def _call(key: tuple[Any, ...]) -> Call:
