@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python software-cuda test-peft test-replay fuzz \
-  ptx test-ptx gpu-check gpu-check-bundle test-instructions instructions-baseline cargo tools python clean
+  test-cuda-mistakes ptx test-ptx gpu-check gpu-check-bundle test-instructions instructions-baseline cargo tools python clean
 
 LIBRARY := target/release/libadalora.so
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
@@ -25,7 +25,7 @@ demo-cpp: tools lib
 	cmake --build target/cpp --target digits_trainer
 	target/cpp/digits/digits_trainer
 
-test: format lint test-rust test-cpp test-cpp-sanitized test-python test-peft test-replay test-ptx test-instructions fuzz
+test: format lint test-rust test-cpp test-cuda-mistakes test-cpp-sanitized test-python test-peft test-replay test-ptx test-instructions fuzz
 
 format: tools
 	cargo fmt --all --check
@@ -48,6 +48,12 @@ test-cpp-sanitized: tools lib-sanitized
 	cmake -S cpp_tests -B target/cpp-sanitized -G Ninja -DADALORA_SANITIZE=ON -DADALORA_LIBRARY=$(abspath $(SANITIZED)) >/dev/null
 	cmake --build target/cpp-sanitized
 	ctest --test-dir target/cpp-sanitized --output-on-failure
+
+# The CUDA backend with one mistake after another, each of which a test has to notice.
+test-cuda-mistakes: tools lib
+	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	cmake --build target/cpp --target $(CUDA_TESTS)
+	$(PYTHON) cpp_tests/seeded_mistakes/check.py --build target/cpp --work target/cuda-mistakes
 
 # What stands for CUDA where there is no GPU, in target/cpp/software_cuda/lib.
 software-cuda: tools lib
