@@ -531,29 +531,27 @@ __device__ inline uint32_t narrow_two<float16>(float first, float second) {
   return both;
 }
 
-// Eight columns of a row, of which `count` exist.
+// Eight columns of a row: 16 bytes.
 struct Eight {
   uint32_t word[4];
 };
 
-__device__ inline Eight read_eight(const uint16_t* from, int32_t count, bool is_aligned) {
-  if (is_aligned && count >= VECTOR) {
-    const uint4 vector = *reinterpret_cast<const uint4*>(from);
-    return {{vector.x, vector.y, vector.z, vector.w}};
-  }
+// Zeros where there is nothing. No branches: a thread's reads are all on their way at once.
+__device__ inline Eight read_eight(const uint16_t* from, bool exists) {
   Eight eight = {};
-  UNROLL for (int32_t i = 0; i < VECTOR; ++i)
-    if (i < count) eight.word[i / 2] |= uint32_t(from[i]) << 16 * (i % 2);
+  asm volatile("{ .reg .pred exists; setp.ne.u32 exists, %5, 0; @exists ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(eight.word[0]), "+r"(eight.word[1]), "+r"(eight.word[2]), "+r"(eight.word[3])
+               : "l"(from), "r"(uint32_t(exists))
+               : "memory");
   return eight;
 }
 
-__device__ inline void write_eight(uint16_t* to, int32_t count, bool is_aligned, const Eight& eight) {
-  if (is_aligned && count >= VECTOR) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(eight.word[0], eight.word[1], eight.word[2], eight.word[3]);
-    return;
-  }
-  UNROLL for (int32_t i = 0; i < VECTOR; ++i)
-    if (i < count) to[i] = uint16_t(eight.word[i / 2] >> 16 * (i % 2));
+__device__ inline void write_eight(uint16_t* to, const Eight& eight, bool exists) {
+  asm volatile("{ .reg .pred exists; setp.ne.u32 exists, %5, 0; @exists st.global.v4.u32 [%4], {%0, %1, %2, %3}; }"
+               :
+               : "r"(eight.word[0]), "r"(eight.word[1]), "r"(eight.word[2]), "r"(eight.word[3]), "l"(to),
+                 "r"(uint32_t(exists))
+               : "memory");
 }
 
 // On tensor cores. A warp has 32 tokens and 64 columns, as 2 x 8 products of 16 tokens and 8 columns. Of four products
@@ -567,6 +565,39 @@ __device__ inline void expand(const ExpandPiece& p, uint32_t block, ExpandStage 
   const int32_t columns = int32_t(min(p.columns - first_column, int64_t(EXPAND_TILE)));
   const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const uint32_t shared = shared_address(stages);
+
+  // What is added to comes first of all, since nothing else is as large. Where its rows cannot be read and written 16
+  // bytes at a time, the tile passes through shared memory, whose own loops are small. Sums begin with it, so that it
+  // takes no registers beside them. What does not exist may be anything: its sums go nowhere.
+  const int32_t warp_token = warp / 2 * 32, warp_column = warp % 2 * 64;
+  const int32_t token = warp_token + lane / 4, column = warp_column + lane % 4 * VECTOR;
+  const bool has_vectors = p.is_aligned && columns % VECTOR == 0;
+  uint16_t* const tile = static_cast<uint16_t*>(p.to) + first_token * p.to_stride + first_column;
+  uint16_t* const to = tile + token * p.to_stride + column;
+  uint16_t* const staged = reinterpret_cast<uint16_t*>(stages);
+  const int32_t own_token = thread / EXPAND_TILE, own_column = thread % EXPAND_TILE;
+  uint32_t* const staged_two = reinterpret_cast<uint32_t*>(staged + token * EXPAND_TILE + column);
+  static_assert(sizeof stages >= EXPAND_TILE * EXPAND_TILE * sizeof(uint16_t), "a tile fits");
+  const auto exists = [&](int32_t t, int32_t group) {
+    return token + 8 * t < tokens && column + 32 * group < columns;
+  };
+  Eight eight[4][2];
+  if (has_vectors) {
+    UNROLL for (int32_t t = 0; t < 4; ++t)
+      UNROLL for (int32_t group = 0; group < 2; ++group)
+        eight[t][group] = read_eight(to + 8 * t * p.to_stride + 32 * group, exists(t, group));
+  } else {
+    // Eight rows are on their way at once.
+    if (own_column < columns)
+      _Pragma("unroll 8") for (int32_t t = own_token; t < tokens; t += THREADS / EXPAND_TILE)
+        staged[t * EXPAND_TILE + own_column] = tile[t * p.to_stride + own_column];
+    __syncthreads();
+    UNROLL for (int32_t t = 0; t < 4; ++t)
+      UNROLL for (int32_t group = 0; group < 2; ++group)
+        UNROLL for (int32_t i = 0; i < VECTOR / 2; ++i)
+          eight[t][group].word[i] = staged_two[(t * 8 * EXPAND_TILE + group * 32) / 2 + i];
+    __syncthreads();
+  }
 
   // What a thread copies: a vector of two rows of each operand.
   const int32_t row = thread / ROW_VECTORS, vector = thread % ROW_VECTORS;
@@ -590,19 +621,12 @@ __device__ inline void expand(const ExpandPiece& p, uint32_t block, ExpandStage 
     }
   };
   UNROLL for (int32_t chunk = 0; chunk < EXPAND_STAGES - 1; ++chunk) {
-    if (chunk < chunks) copy(chunk);
+    copy(chunk);
     end_of_copies();
   }
+  // Here, since a compiler would else widen what is added to, and so wait for it, before it asks for the operands.
+  if (chunks == 0) return;
 
-  // Sums begin with what is added to, so that it takes no registers beside them; it is read while the copies come.
-  const int32_t warp_token = warp / 2 * 32, warp_column = warp % 2 * 64;
-  const int32_t token = warp_token + lane / 4, column = warp_column + lane % 4 * VECTOR;
-  uint16_t* const to = static_cast<uint16_t*>(p.to) + (first_token + token) * p.to_stride + first_column + column;
-  Eight eight[4][2];
-  UNROLL for (int32_t t = 0; t < 4; ++t)
-    UNROLL for (int32_t group = 0; group < 2; ++group)
-      eight[t][group] = read_eight(to + 8 * t * p.to_stride + 32 * group,
-                                   token + 8 * t < tokens ? columns - column - 32 * group : 0, p.is_aligned);
   float sum[2][8][4];
   UNROLL for (int32_t t = 0; t < 4; ++t)
     UNROLL for (int32_t group = 0; group < 2; ++group)
@@ -640,15 +664,28 @@ __device__ inline void expand(const ExpandPiece& p, uint32_t block, ExpandStage 
   }
 
   UNROLL for (int32_t t = 0; t < 4; ++t)
-    UNROLL for (int32_t group = 0; group < 2; ++group) {
-      UNROLL for (int32_t j = 0; j < 4; ++j) {
-        const float* const two = sum[t / 2][4 * group + j] + t % 2 * 2;
-        eight[t][group].word[j] = narrow_two<Element>(two[0], two[1]);
+    UNROLL for (int32_t group = 0; group < 2; ++group)
+      UNROLL for (int32_t i = 0; i < VECTOR / 2; ++i) {
+        const float* const two = sum[t / 2][4 * group + i] + t % 2 * 2;
+        eight[t][group].word[i] = narrow_two<Element>(two[0], two[1]);
       }
-      if (token + 8 * t < tokens)
-        write_eight(to + 8 * t * p.to_stride + 32 * group, columns - column - 32 * group, p.is_aligned,
-                    eight[t][group]);
-    }
+  if (has_vectors) {
+    UNROLL for (int32_t t = 0; t < 4; ++t)
+      UNROLL for (int32_t group = 0; group < 2; ++group)
+        write_eight(to + 8 * t * p.to_stride + 32 * group, eight[t][group], exists(t, group));
+  } else {
+    // Also copies of what is beyond the depth are over.
+    wait_for_copies<0>();
+    __syncthreads();
+    UNROLL for (int32_t t = 0; t < 4; ++t)
+      UNROLL for (int32_t group = 0; group < 2; ++group)
+        UNROLL for (int32_t i = 0; i < VECTOR / 2; ++i)
+          staged_two[(t * 8 * EXPAND_TILE + group * 32) / 2 + i] = eight[t][group].word[i];
+    __syncthreads();
+    if (own_column < columns)
+      for (int32_t t = own_token; t < tokens; t += THREADS / EXPAND_TILE)
+        tile[t * p.to_stride + own_column] = staged[t * EXPAND_TILE + own_column];
+  }
 }
 
 #else
