@@ -19,7 +19,7 @@ const ModelCase& shapes(const std::string& name) {
   }();
   static const ModelCase large = [] {
     ModelCase c;
-    c.layers = {{768, 768, 12}, {768, 513, 64}};
+    c.layers = {{768, 768, 12}, {1100, 513, 64}};
     return c;
   }();
   return name == "several" ? several : large;

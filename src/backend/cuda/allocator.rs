@@ -22,16 +22,21 @@ const THREADS: usize = 256;
 const WARP: usize = 32;
 /// Elements of a block that goes over slices.
 const CHUNK: usize = 1 << 12;
-/// Elements of B whose scores one block adds up, where that is not fewer than `SCORE_ROWS` rows.
-const SCORE_ELEMENTS: usize = 1 << 13;
+/// Elements of B whose scores one block adds up, where that is not fewer than `SCORE_ROWS` rows: not quite six reads of
+/// four by each thread, since of threads only a multiple of the rank read.
+const SCORE_ELEMENTS: usize = 5800;
 const SCORE_ROWS: usize = 64;
 /// Rows and columns of a block's part of a Gram matrix.
 const TILE: usize = 32;
-/// Columns of a factor whose penalty's gradient one block adds.
-const COLUMNS: usize = 64;
-/// Columns of a factor that one block multiplies, for every `GRAM_RANKS` triplets.
+/// Elements of a factor of at most `TILE` triplets that one block takes, in about three turns.
+const FACTOR_ELEMENTS: usize = 8640;
+/// Columns of a larger factor that one block multiplies, for every `GRAM_RANKS` triplets.
 const GRAM_COLUMNS: usize = 1 << 10;
 const GRAM_RANKS: usize = 128;
+/// Columns of a larger factor whose penalty's gradient one block adds.
+const PENALTY_COLUMNS: usize = 128;
+/// Elements of 4 bytes that are read from memory together.
+const LINE: usize = 32;
 /// Elements of a Gram matrix whose distance from the identity's one block adds up.
 const DISTANCE_ELEMENTS: usize = 1 << 12;
 /// Blocks of a multiprocessor that end a call.
@@ -122,11 +127,12 @@ twins! {
         reserved: i32,
     }
 
-    FactorEntry: 40 {
+    FactorEntry: 48 {
         gram_columns: i64,
         gram_block: i64,
         gram_part: i64,
         distance_block: i64,
+        penalty_columns: i64,
         penalty_block: i64,
     }
 
@@ -329,14 +335,29 @@ struct Extents {
     penalty_blocks: usize,
 }
 
+/// How many of `n` things a block takes, about `most`: blocks take about as many, a multiple of `step`.
+fn even_share(n: usize, most: usize, step: usize) -> usize {
+    n.div_ceil(n.div_ceil(most).max(1)).next_multiple_of(step).max(step)
+}
+
 /// Rows of B that one block adds up.
-fn score_rows(rank: usize) -> usize {
-    (SCORE_ELEMENTS / rank.max(1)).max(SCORE_ROWS)
+fn score_rows(g: &Geometry) -> usize {
+    even_share(g.output.whole, (SCORE_ELEMENTS / g.rank.max(1)).max(SCORE_ROWS), 4)
 }
 
 /// Columns of a factor that one block multiplies: more for larger ranks, whose sums take more memory.
-fn gram_columns(rank: usize) -> usize {
-    GRAM_COLUMNS * rank.div_ceil(GRAM_RANKS).max(1)
+fn gram_columns(rank: usize, columns: usize) -> usize {
+    if rank <= TILE { factor_columns(rank, columns) } else { GRAM_COLUMNS * rank.div_ceil(GRAM_RANKS) }
+}
+
+/// Columns of a factor whose penalty's gradient one block adds.
+fn penalty_columns(rank: usize, columns: usize) -> usize {
+    if rank <= TILE { factor_columns(rank, columns) } else { PENALTY_COLUMNS }
+}
+
+/// Columns that a block takes of a factor of which it takes all rows.
+fn factor_columns(rank: usize, columns: usize) -> usize {
+    even_share(columns, FACTOR_ELEMENTS / rank.next_multiple_of(4).max(4), LINE)
 }
 
 impl Extents {
@@ -345,7 +366,7 @@ impl Extents {
         let triplet = g.input.whole.checked_add(g.output.whole)?.checked_add(1)?;
         self.elements = g.rank.checked_mul(triplet)?.checked_add(self.elements)?;
         if g.rank > 0 {
-            let blocks = g.output.whole.div_ceil(score_rows(g.rank));
+            let blocks = g.output.whole.div_ceil(score_rows(g));
             self.score_blocks = blocks.checked_mul(g.rank.div_ceil(THREADS))?.checked_add(self.score_blocks)?;
             self.score_parts = blocks.checked_mul(g.rank)?.checked_add(self.score_parts)?;
         }
@@ -355,11 +376,12 @@ impl Extents {
     /// Takes a factor's products in; `None` where it overflows memory.
     fn add_factor(&mut self, rank: usize, columns: usize) -> Option<()> {
         let (tiles, square) = (rank.div_ceil(TILE), rank.checked_mul(rank)?);
-        let splits = columns.div_ceil(gram_columns(rank));
+        let splits = columns.div_ceil(gram_columns(rank, columns));
         self.gram_blocks = splits.checked_mul(tiles * (tiles + 1) / 2)?.checked_add(self.gram_blocks)?;
         self.gram_parts = splits.checked_mul(square)?.checked_add(self.gram_parts)?;
         self.distance_blocks = square.div_ceil(DISTANCE_ELEMENTS).checked_add(self.distance_blocks)?;
-        self.penalty_blocks = tiles.checked_mul(columns.div_ceil(COLUMNS))?.checked_add(self.penalty_blocks)?;
+        let penalty_blocks = tiles.checked_mul(columns.div_ceil(penalty_columns(rank, columns)))?;
+        self.penalty_blocks = penalty_blocks.checked_add(self.penalty_blocks)?;
         Some(())
     }
 
@@ -540,7 +562,7 @@ impl Tables {
                 rank: g.rank as i64,
                 first_triplet: model.offsets[a] as i64,
                 gram: model.gram_offsets[a] as i64,
-                score_rows: score_rows(g.rank) as i64,
+                score_rows: score_rows(g) as i64,
                 score_block: extents.score_blocks as i64,
                 score_part: extents.score_parts as i64,
                 slices: first_slices,
@@ -551,7 +573,7 @@ impl Tables {
             first_slices[0] = first_slices[3];
             extents.add_adapter(g).ok_or_else(overflow)?;
             for (i, columns) in [g.input.whole, g.output.whole].into_iter().enumerate() {
-                tables.put(layout.factors, 2 * a + i, &FactorEntry::new(g.rank, &extents));
+                tables.put(layout.factors, 2 * a + i, &FactorEntry::new(g.rank, columns, &extents));
                 extents.add_factor(g.rank, columns).ok_or_else(overflow)?;
             }
             for triplet in model.range(a) {
@@ -573,7 +595,7 @@ impl Tables {
             reserved: 0,
         };
         tables.put(layout.adapters, adapters, &end);
-        tables.put(layout.factors, 2 * adapters, &FactorEntry::new(0, &extents));
+        tables.put(layout.factors, 2 * adapters, &FactorEntry::new(0, 0, &extents));
         let schedule = &model.schedule;
         let first = schedule.tinit / schedule.delta_t + 1;
         for i in 0..n_budgets(schedule) {
@@ -590,12 +612,13 @@ impl Tables {
 }
 
 impl FactorEntry {
-    fn new(rank: usize, before: &Extents) -> Self {
+    fn new(rank: usize, columns: usize, before: &Extents) -> Self {
         Self {
-            gram_columns: gram_columns(rank) as i64,
+            gram_columns: gram_columns(rank, columns) as i64,
             gram_block: before.gram_blocks as i64,
             gram_part: before.gram_parts as i64,
             distance_block: before.distance_blocks as i64,
+            penalty_columns: penalty_columns(rank, columns) as i64,
             penalty_block: before.penalty_blocks as i64,
         }
     }
@@ -855,6 +878,16 @@ impl CudaAllocator {
         launch(session, Kernel::AllocatorFinish, blocks, &args)
     }
 
+    /// What to launch where a kernel serves the adapters of one compute type; never nothing.
+    fn of_compute_types(&self, float32: Kernel, float64: Kernel) -> impl Iterator<Item = Kernel> {
+        let geometries = &self.model().geometries;
+        let with_float64 = geometries.iter().any(|g| g.compute_dtype() == Dtype::Float64);
+        let with_others = !with_float64 || geometries.iter().any(|g| g.compute_dtype() != Dtype::Float64);
+        [(with_others, float32), (with_float64, float64)]
+            .into_iter()
+            .filter_map(|(runs, kernel)| runs.then_some(kernel))
+    }
+
     /// Gram matrices, from the parameters unless they are given, and their distances from the identity.
     fn write_gram(&self, session: &Session, gram: Address, is_given: bool) -> Result<()> {
         let n_factors = 2 * self.model().geometries.len() as i64;
@@ -863,7 +896,9 @@ impl CudaAllocator {
         if !is_given {
             let slices = self.at(self.layout.slices);
             let args = GramArguments { adapters, factors, slices, parts, n_factors };
-            launch(session, Kernel::AllocatorGram, self.extents.gram_blocks, &args)?;
+            for kernel in self.of_compute_types(Kernel::AllocatorGramFloat32, Kernel::AllocatorGramFloat64) {
+                launch(session, kernel, self.extents.gram_blocks, &args)?;
+            }
         }
         let args = DistanceArguments {
             adapters,
@@ -954,7 +989,9 @@ impl BoundAllocator for CudaAllocator {
         self.device
             .enter(stream, |session| {
                 self.write_gram(session, grams, gram.is_some())?;
-                launch(session, Kernel::AllocatorPenalty, n_blocks + 1, &args)
+                // Each of them writes the same value.
+                self.of_compute_types(Kernel::AllocatorPenaltyFloat32, Kernel::AllocatorPenaltyFloat64)
+                    .try_for_each(|kernel| launch(session, kernel, n_blocks + 1, &args))
             })
             .map_err(undefined("gradients and value"))
     }

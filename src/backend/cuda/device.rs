@@ -83,9 +83,11 @@ kernels! {
     AllocatorScores: c"allocator_scores",
     AllocatorSelect: c"allocator_select",
     AllocatorFinish: c"allocator_finish",
-    AllocatorGram: c"allocator_gram",
+    AllocatorGramFloat32: c"allocator_gram_float32",
+    AllocatorGramFloat64: c"allocator_gram_float64",
     AllocatorDistance: c"allocator_distance",
-    AllocatorPenalty: c"allocator_penalty",
+    AllocatorPenaltyFloat32: c"allocator_penalty_float32",
+    AllocatorPenaltyFloat64: c"allocator_penalty_float64",
     AllocatorDigest: c"allocator_digest",
     AllocatorGather: c"allocator_gather",
 }

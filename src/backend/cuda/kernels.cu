@@ -16,12 +16,21 @@ typedef unsigned long long uint64_t;
 #define KERNEL(name, Arguments) extern "C" __global__ void __launch_bounds__(256) name(const Arguments args)
 // One that a multiprocessor runs two blocks of.
 #define KERNEL_OF_TWO(name, Arguments) extern "C" __global__ void __launch_bounds__(256, 2) name(const Arguments args)
+// One that takes the registers that it needs.
+#define KERNEL_OF_ONE(name, Arguments) extern "C" __global__ void __launch_bounds__(256, 1) name(const Arguments args)
+// One that a multiprocessor runs three blocks of.
+#define KERNEL_OF_THREE(name, Arguments) extern "C" __global__ void __launch_bounds__(256, 3) name(const Arguments args)
 #define UNROLL _Pragma("unroll")
+// Copies of a loop's body take registers.
+#define KEEP_ROLLED _Pragma("unroll 1")
 #else
 // Defines KERNEL, threadIdx and their like, barriers, shuffles and atomics.
 #include "host_kernels.hpp"
 #define KERNEL_OF_TWO KERNEL
+#define KERNEL_OF_ONE KERNEL
+#define KERNEL_OF_THREE KERNEL
 #define UNROLL
+#define KEEP_ROLLED
 #endif
 
 namespace {
@@ -1210,9 +1219,11 @@ static_assert(sizeof(Adapter) == 88);
 struct Factor {
   // Columns that one block multiplies; blocks and products before this factor's.
   int64_t gram_columns, gram_block, gram_part;
-  int64_t distance_block, penalty_block;
+  int64_t distance_block;
+  // Columns whose penalty's gradient one block adds.
+  int64_t penalty_columns, penalty_block;
 };
-static_assert(sizeof(Factor) == 40);
+static_assert(sizeof(Factor) == 48);
 
 enum : int32_t { PATTERN_STAYS = 0, PATTERN_CHOSEN = 1, PATTERN_GIVEN = 2, PATTERN_ONES = 3 };
 enum : int32_t { CLOCKS_STAY = 0, CLOCKS_ADVANCE = 1, CLOCKS_ZERO = 2 };
@@ -1688,21 +1699,64 @@ __device__ inline double score(const Slice& slice, int64_t at) {
                 load<double>(slice.exp_avg_unc, slice.state_dtype, at));
 }
 
+// Takes the scores of N fours, `stride` fours apart: all are on their way before the first is needed.
+template <int N, class Take>
+__device__ inline void take_some(const Four<float>* ipt, const Four<float>* unc, int stride, const Take& take) {
+  Four<float> i[N], u[N];
+  UNROLL for (int n = 0; n < N; ++n) {
+    i[n] = ipt[n * stride];
+    u[n] = unc[n * stride];
+  }
+  UNROLL for (int n = 0; n < N; ++n)
+    UNROLL for (int k = 0; k < 4; ++k) take(k, capped(double(i[n].x[k]) * double(u[n].x[k])));
+}
+
+// The same for every `stride` of the fours of a slice from `begin` on, N at once.
+template <int N, class Take>
+__device__ inline void take_scores(const Slice& slice, int64_t begin, int64_t fours, int first, int stride,
+                                   const Take& take) {
+  const auto* ipt = reinterpret_cast<const Four<float>*>(static_cast<const float*>(slice.exp_avg_ipt) + begin) + first;
+  const auto* unc = reinterpret_cast<const Four<float>*>(static_cast<const float*>(slice.exp_avg_unc) + begin) + first;
+  int64_t left = fours - first;
+  KEEP_ROLLED for (; left > (N - 1) * stride; left -= N * stride, ipt += N * stride, unc += N * stride)
+    take_some<N>(ipt, unc, stride, take);
+  KEEP_ROLLED for (; left > 0; left -= stride, ipt += stride, unc += stride) take_some<1>(ipt, unc, stride, take);
+}
+
 // What the lanes of a warp find between two elements of a slice.
 __device__ inline double lane_scores(const Slice& slice, int64_t begin, int64_t end) {
-  const int64_t lane = threadIdx.x % 32;
+  const int lane = int(threadIdx.x % 32);
   double sum = 0.0;
   if (slice.aligned && slice.state_dtype == FLOAT32 && begin % 4 == 0) {
     const int64_t fours = (end - begin) / 4;
-    for (int64_t i = lane; i < fours; i += 32) {
-      const Four<float> ipt = four<float>(slice.exp_avg_ipt, begin + 4 * i);
-      const Four<float> unc = four<float>(slice.exp_avg_unc, begin + 4 * i);
-      UNROLL for (int k = 0; k < 4; ++k) sum += capped(double(ipt.x[k]) * double(unc.x[k]));
-    }
+    take_scores<4>(slice, begin, fours, lane, 32, [&](int, double score) { sum += score; });
     begin += 4 * fours;
   }
   for (int64_t at = begin + lane; at < end; at += 32) sum += score(slice, at);
   return sum;
+}
+
+// Whether a slice has all of some elements, and their averages can be read four at once.
+__device__ inline bool can_read_fours(const Slice& slice, int64_t begin, int64_t end) {
+  return !slice.replica && slice.aligned && slice.state_dtype == FLOAT32 && slice.begin <= begin && slice.end >= end &&
+         (begin - slice.begin) % 4 == 0;
+}
+
+// The sums over rows of B that one slice has, in which four elements can be read at once: a thread keeps to its four
+// columns. Sums lie as columns do, row upon row; returns how many rows there are.
+__device__ inline int scores_in_fours(const Slice& slice, int64_t begin, int64_t count, int rank, double* sums) {
+  const int period = rank % 4 == 0 ? rank / 4 : rank % 2 == 0 ? rank / 2 : rank;
+  const int stride = THREADS / period * period, thread = int(threadIdx.x);
+  double own[4] = {0.0, 0.0, 0.0, 0.0};
+  if (thread < stride) {
+    const int64_t fours = count / 4;
+    take_scores<3>(slice, begin, fours, thread, stride, [&](int k, double score) { own[k] += score; });
+    if (thread == fours % stride)
+      UNROLL for (int k = 0; k < 4; ++k)
+        if (k < count % 4) own[k] += score(slice, begin + 4 * fours + k);
+    UNROLL for (int k = 0; k < 4; ++k) sums[4 * thread + k] = own[k];
+  }
+  return 4 * stride / rank;
 }
 
 // ---- Selection
@@ -1764,11 +1818,9 @@ __device__ inline void zero(void* array, int32_t dtype, const Chunk& chunk) {
 
 // ---- Orthogonality
 
-// Rows of a factor P, which is A, or B transposed, that a block multiplies by each other, and columns at a time.
+// Rows of a factor P, which is A, or B transposed, that a block takes at once.
 constexpr int TILE = 32;
-constexpr int COLUMNS = 64;
-constexpr int PITCH = COLUMNS + 1;
-// Columns over which products are added in the compute type.
+// Columns over which a thread adds products in the compute type.
 constexpr int PANEL = 256;
 
 // The slice in which a thread looks for elements of a factor.
@@ -1818,33 +1870,130 @@ __device__ inline Place place_of(const Adapter* adapters, const Factor* factors,
   return place;
 }
 
-// Number i of a tile's elements, in the order in which they lie: row and column in the tile.
-__device__ inline void tile_element(bool is_b, int i, int rows, int& row, int& column) {
-  if (is_b) {
-    column = i / rows;
-    row = i % rows;
-  } else {
-    row = i / COLUMNS;
-    column = i % COLUMNS;
+// Elements as they lie, so that a load waits for no other.
+template <class T>
+struct Lying;
+template <>
+struct Lying<float> {
+  using Word = uint32_t;
+  static __device__ inline float value(Word word, int32_t dtype) { return widen_raw(word, dtype); }
+};
+template <>
+struct Lying<double> {
+  using Word = double;
+  static __device__ inline double value(Word word, int32_t) { return word; }
+};
+
+__device__ inline void store_four(void* to, int32_t, int64_t at, const double* values) {
+  *reinterpret_cast<Four<double>*>(static_cast<double*>(to) + at) = {{values[0], values[1], values[2], values[3]}};
+}
+
+// How a block's threads share a tile of P. Four rows of a column are a cell; all of a thread's are of the same rows.
+template <class T>
+struct Cells {
+  // Of a thread, read at once.
+  static constexpr int N = sizeof(T) == 8 ? 2 : 3;
+  // Most elements of a tile in shared memory.
+  static constexpr int TILE_SIZE = 1536 * N;
+  // Columns from a thread's cell to its next, and elements from column to column in shared memory, which keep
+  // neighbouring columns' cells in different banks.
+  int across, pitch;
+  // Of the thread's first cell.
+  int row, column;
+  bool works;
+
+  __device__ inline Cells(bool is_b, int rows) {
+    const int groups = (rows + 3) / 4, thread = int(threadIdx.x);
+    // A multiple of 8, so that rows of A are read in whole sectors.
+    across = THREADS / groups / 8 * 8;
+    pitch = 4 * (groups | 1);
+    row = 4 * (is_b ? thread % groups : thread / across);
+    column = is_b ? thread / groups : thread % across;
+    works = thread < groups * across;
+  }
+};
+
+// Where elements that a block takes lie, if that is in one slice.
+struct Reach {
+  const Slice* slice;
+  int32_t row_stride, column_stride;
+  // A cell's elements lie side by side, and can be read at once.
+  bool in_fours;
+
+  __device__ inline Reach(const Place& place, const Slice* slices, int64_t first_column, int64_t end_column) {
+    Owner owner = place.owner(slices);
+    const int64_t last = place.element(place.rank - 1, end_column - 1);
+    const bool is_whole = owner.find(place.element(0, first_column)) && last < owner.slice->end;
+    // From cell to cell, and within one, elements are counted in 32 bits.
+    slice = is_whole && place.columns < 1 << 29 ? owner.slice : nullptr;
+    row_stride = place.is_b ? 1 : int32_t(place.columns);
+    column_stride = place.is_b ? int32_t(place.rank) : 1;
+    in_fours = slice && place.is_b && slice->aligned && place.rank % 4 == 0 && slice->begin % 4 == 0;
+  }
+};
+
+template <class Stored, class Word, int N>
+__device__ inline void read_stored(const Stored* from, const Reach& reach, int across, int rows, int columns,
+                                   Word (&to)[N][4]) {
+  UNROLL for (int i = 0; i < N; ++i) {
+    UNROLL for (int k = 0; k < 4; ++k) to[i][k] = 0;
+    if (i * across >= columns) continue;
+    const Stored* const cell = from + i * across * reach.column_stride;
+    if (reach.in_fours) {
+      const Four<Stored> values = *reinterpret_cast<const Four<Stored>*>(cell);
+      UNROLL for (int k = 0; k < 4; ++k) to[i][k] = values.x[k];
+    } else {
+      UNROLL for (int k = 0; k < 4; ++k)
+        if (k < rows) to[i][k] = cell[k * reach.row_stride];
+    }
   }
 }
 
-// Some rows and columns of P as a block's tile; 0 where P ends, and where another process owns or counts it.
+// Cells of an array from `at` on, `across` columns apart: of them so many rows (at most 4), and columns.
+template <int N>
+__device__ inline void read_cells(const void* from, int32_t dtype, int64_t at, const Reach& reach, int across, int rows,
+                                  int columns, uint32_t (&to)[N][4]) {
+  if (is_half(dtype)) read_stored(static_cast<const uint16_t*>(from) + at, reach, across, rows, columns, to);
+  else read_stored(static_cast<const uint32_t*>(from) + at, reach, across, rows, columns, to);
+}
+template <int N>
+__device__ inline void read_cells(const void* from, int32_t, int64_t at, const Reach& reach, int across, int rows,
+                                  int columns, double (&to)[N][4]) {
+  read_stored(static_cast<const double*>(from) + at, reach, across, rows, columns, to);
+}
+
+// Some rows and columns of P as a block's tile, column upon column; 0 in a cell's rows where P ends, and where another
+// process owns or counts it.
 template <class T>
-__device__ inline void load_tile(const Place& place, Owner& owner, int64_t first_row, int64_t first_column,
-                                 int64_t end_column, bool with_replicas, T* tile) {
-  const int rows = int(smaller(TILE, place.rank - first_row));
-  for (int i = threadIdx.x; i < TILE * COLUMNS; i += THREADS) {
-    int row, column;
-    tile_element(place.is_b, i, place.is_b ? rows : TILE, row, column);
-    if (column >= COLUMNS) break;
-    T value = 0;
-    if (row < rows && first_column + column < end_column) {
-      const int64_t element = place.element(first_row + row, first_column + column);
-      if (owner.find(element) && (with_replicas || !owner.slice->replica))
-        value = load<T>(owner.slice->p, owner.slice->p_dtype, element - owner.slice->begin);
+__device__ inline void load_tile(const Place& place, const Cells<T>& cells, const Reach& reach,
+                                 const Slice* slices, bool with_replicas, int64_t first_row, int64_t first_column, int columns, T* tile) {
+  const int rows = int(smaller(TILE, place.rank - first_row)) - cells.row;
+  if (!cells.works || rows <= 0) return;
+  KEEP_ROLLED for (int column = cells.column; column < columns; column += Cells<T>::N * cells.across) {
+    T* to = tile + column * cells.pitch + cells.row;
+    if (reach.slice && (with_replicas || !reach.slice->replica)) {
+      const Slice& slice = *reach.slice;
+      const int64_t at = place.element(first_row + cells.row, first_column + column) - slice.begin;
+      typename Lying<T>::Word words[Cells<T>::N][4];
+      read_cells(slice.p, slice.p_dtype, at, reach, cells.across, rows, columns - column, words);
+      UNROLL for (int i = 0; i < Cells<T>::N; ++i) {
+        if (column + i * cells.across >= columns) break;
+        Four<T> values;
+        UNROLL for (int k = 0; k < 4; ++k) values.x[k] = Lying<T>::value(words[i][k], slice.p_dtype);
+        *reinterpret_cast<Four<T>*>(to + i * cells.across * cells.pitch) = values;
+      }
+      continue;
     }
-    tile[row * PITCH + column] = value;
+    Owner owner = place.owner(slices);
+    KEEP_ROLLED for (int i = 0; i < Cells<T>::N && column + i * cells.across < columns; ++i) {
+      KEEP_ROLLED for (int k = 0; k < 4; ++k) {
+        const int64_t element = place.element(first_row + cells.row + k, first_column + column + i * cells.across);
+        T value = 0;
+        if (k < rows && owner.find(element) && (with_replicas || !owner.slice->replica))
+          value = load<T>(owner.slice->p, owner.slice->p_dtype, element - owner.slice->begin);
+        to[i * cells.across * cells.pitch + k] = value;
+      }
+    }
   }
 }
 
@@ -1857,8 +2006,12 @@ struct GramArguments {
 };
 static_assert(sizeof(GramArguments) == 40);
 
+// Numbers in shared memory: two tiles of half the columns, or what 256 threads found of 16 products.
 template <class T>
-__device__ inline void gram_tile(const GramArguments& args, const Place& place, T* left, T* right) {
+constexpr int GRAM_SIZE = Cells<T>::TILE_SIZE > 16 * (THREADS + 1) ? Cells<T>::TILE_SIZE : 16 * (THREADS + 1);
+
+template <class T>
+__device__ inline void gram_tile(const GramArguments& args, const Place& place, T* shared) {
   const int64_t rank = place.rank;
   const uint32_t tiles = uint32_t(ceil_div(rank, TILE)), pairs = tiles * (tiles + 1) / 2;
   const uint32_t split = place.block / pairs;
@@ -1868,34 +2021,78 @@ __device__ inline void gram_tile(const GramArguments& args, const Place& place, 
   const bool same = up == across;
   const int64_t begin = split * place.factor->gram_columns;
   const int64_t end = smaller(place.columns, begin + place.factor->gram_columns);
-  const int i = threadIdx.x / 16, j = threadIdx.x % 16;
-  const T* other = same ? left : right;
-  Owner owner = place.owner(args.slices);
-  double sums[4] = {0.0, 0.0, 0.0, 0.0};
-  for (int64_t panel = begin; panel < end; panel += PANEL) {
-    const int64_t panel_end = smaller(end, panel + PANEL);
-    T part[4] = {0, 0, 0, 0};
-    for (int64_t column = panel; column < panel_end; column += COLUMNS) {
-      load_tile(place, owner, int64_t(up) * TILE, column, panel_end, false, left);
-      if (!same) load_tile(place, owner, int64_t(across) * TILE, column, panel_end, false, right);
-      __syncthreads();
-      for (int c = 0; c < COLUMNS; ++c) {
-        const T l0 = left[i * PITCH + c], l1 = left[(i + 16) * PITCH + c];
-        const T r0 = other[j * PITCH + c], r1 = other[(j + 16) * PITCH + c];
-        part[0] += l0 * r0;
-        part[1] += l0 * r1;
-        part[2] += l1 * r0;
-        part[3] += l1 * r1;
+  const Cells<T> cells(place.is_b, int(smaller(TILE, rank)));
+  const int columns = Cells<T>::N * cells.across / (same ? 1 : 2);
+  const Reach reach(place, args.slices, begin, end);
+  T* const left = shared;
+  T* const right = same ? left : left + columns * cells.pitch;
+
+  // Threads share parts of 4 by 4 products, a share of the columns each.
+  const int thread = int(threadIdx.x);
+  const int high = int(smaller(TILE, rank - int64_t(up) * TILE) + 3) / 4;
+  const int wide = int(smaller(TILE, rank - int64_t(across) * TILE) + 3) / 4;
+  const int parts = same ? high * (high + 1) / 2 : high * wide, shares = THREADS / parts;
+  const auto place_of_part = [&](int part, int& i, int& j) {
+    i = same ? 0 : part / wide;
+    j = same ? part : part % wide;
+    if (!same) return;
+    while (j >= high - i) j -= high - i++;
+    j += i;
+  };
+  const bool works = thread < parts * shares;
+  const int share = thread % shares;
+  int i = 0, j = 0;
+  if (works) place_of_part(thread / shares, i, j);
+  T sums[4][4];
+  UNROLL for (int k = 0; k < 16; ++k) sums[k / 4][k % 4] = 0;
+  double totals[4] = {0.0, 0.0, 0.0, 0.0};
+  int added = 0;
+  KEEP_ROLLED for (int64_t first = begin; first < end; first += columns) {
+    const int n = int(smaller(columns, end - first));
+    KEEP_ROLLED for (int side = 0; side < (same ? 1 : 2); ++side)
+      load_tile(place, cells, reach, args.slices, false, int64_t(side ? across : up) * TILE, first, n, side ? right : left);
+    __syncthreads();
+    if (works) {
+      KEEP_ROLLED for (int c = share; c < n; c += shares) {
+        const Four<T> l = *reinterpret_cast<const Four<T>*>(left + c * cells.pitch + 4 * i);
+        const Four<T> r = *reinterpret_cast<const Four<T>*>(right + c * cells.pitch + 4 * j);
+        UNROLL for (int k = 0; k < 16; ++k) sums[k / 4][k % 4] += l.x[k / 4] * r.x[k % 4];
       }
-      __syncthreads();
     }
-    for (int k = 0; k < 4; ++k) sums[k] += double(part[k]);
+    __syncthreads();
+    added += (columns + shares - 1) / shares;
+    if (first + columns < end && added + (columns + shares - 1) / shares <= PANEL) continue;
+    added = 0;
+    if (works) {
+      UNROLL for (int k = 0; k < 16; ++k) {
+        shared[k * (THREADS + 1) + thread] = sums[k / 4][k % 4];
+        sums[k / 4][k % 4] = 0;
+      }
+    }
+    __syncthreads();
+    UNROLL for (int k = 0; k < 4; ++k) {
+      const int product = thread + k * THREADS;
+      if (product >= 16 * parts) continue;
+      const T* from = shared + product % 16 * (THREADS + 1) + product / 16 * shares;
+      KEEP_ROLLED for (int s = 0; s < shares; ++s) totals[k] += double(from[s]);
+    }
+    __syncthreads();
   }
   double* to = args.parts + place.factor->gram_part + split * rank * rank;
-  for (int k = 0; k < 4; ++k) {
-    const int64_t row = int64_t(up) * TILE + i + k / 2 * 16, column = int64_t(across) * TILE + j + k % 2 * 16;
-    if (row < rank && column < rank) to[row * rank + column] = sums[k];
+  UNROLL for (int k = 0; k < 4; ++k) {
+    const int product = thread + k * THREADS;
+    if (product >= 16 * parts) continue;
+    place_of_part(product / 16, i, j);
+    const int64_t row = int64_t(up) * TILE + 4 * i + product % 16 / 4;
+    const int64_t column = int64_t(across) * TILE + 4 * j + product % 4;
+    if (row <= column && column < rank) to[row * rank + column] = totals[k];
   }
+}
+
+template <class T>
+__device__ inline void gram_block(const GramArguments& args, T* shared) {
+  const Place place = place_of(args.adapters, args.factors, args.n_factors, &args.factors->gram_block, blockIdx.x);
+  if ((place.adapter->is_float64 != 0) == (sizeof(T) == sizeof(double))) gram_tile(args, place, shared);
 }
 
 struct DistanceArguments {
@@ -1925,49 +2122,118 @@ struct PenaltyArguments {
 };
 static_assert(sizeof(PenaltyArguments) == 80);
 
+// Coefficients in shared memory, from column to column: cells start at multiples of four.
+constexpr int COEFFICIENTS_PITCH = TILE + 4;
+
 template <class T>
 __device__ inline void penalty_tile(const PenaltyArguments& args, const Place& place, double coefficient,
                                     T* coefficients, T* tile) {
-  static_assert(THREADS == 4 * COLUMNS);
-  constexpr int EACH = TILE / 4;
-  const int row = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
   const int64_t rank = place.rank;
   const uint32_t tiles = uint32_t(ceil_div(rank, TILE));
-  const int64_t first_row = int64_t(place.block % tiles) * TILE, first_column = int64_t(place.block / tiles) * COLUMNS;
-  const int rows = int(smaller(TILE, rank - first_row));
+  const int64_t first_row = int64_t(place.block % tiles) * TILE;
+  const int64_t begin = place.block / tiles * place.factor->penalty_columns;
+  const int64_t end = smaller(place.columns, begin + place.factor->penalty_columns);
   const double* gram = args.gram + place.gram();
-  Owner owner = place.owner(args.slices);
-  T sums[EACH];
-  for (int k = 0; k < EACH; ++k) sums[k] = 0;
-  for (int64_t across = 0; across < rank; across += TILE) {
-    const int n = int(smaller(TILE, rank - across));
-    const int j = threadIdx.x % TILE;
-    for (int i = threadIdx.x / TILE; i < rows && j < n; i += THREADS / TILE) {
-      const double one = first_row + i == across + j ? 1.0 : 0.0;
-      const double distance = gram[(first_row + i) * rank + across + j] - one;
-      coefficients[i * (TILE + 1) + j] = T(distance * coefficient);
+  const Cells<T> cells(place.is_b, int(smaller(TILE, rank)));
+  const int rows = int(smaller(TILE, rank - first_row)), own_rows = rows - cells.row;
+  const bool works = cells.works && own_rows > 0;
+  const int padded = int(smaller(TILE, rank) + 3) / 4 * 4;
+  const Reach reach(place, args.slices, begin, end);
+  KEEP_ROLLED for (int64_t first = begin; first < end; first += Cells<T>::N * cells.across) {
+    const int columns = int(smaller(Cells<T>::N * cells.across, end - first));
+    const int64_t element = place.element(first_row + cells.row, first + cells.column);
+    typename Lying<T>::Word g[Cells<T>::N][4];
+    if (works && reach.slice)
+      read_cells(reach.slice->g, reach.slice->g_dtype, element - reach.slice->begin, reach, cells.across, own_rows,
+                 columns - cells.column, g);
+    T sums[Cells<T>::N][4];
+    UNROLL for (int i = 0; i < Cells<T>::N; ++i)
+      UNROLL for (int k = 0; k < 4; ++k) sums[i][k] = 0;
+    KEEP_ROLLED for (int64_t across = 0; across < rank; across += TILE) {
+      const int n = int(smaller(TILE, rank - across));
+      load_tile(place, cells, reach, args.slices, true, across, first, columns, tile);
+      if (tiles > 1 || first == begin) {
+        KEEP_ROLLED for (int e = threadIdx.x; e < padded * padded; e += THREADS) {
+          const int i = e / padded, j = e % padded;
+          double distance = 0.0;
+          if (i < rows && j < n)
+            distance = gram[(first_row + i) * rank + across + j] - (first_row + i == across + j ? 1.0 : 0.0);
+          coefficients[j * COEFFICIENTS_PITCH + i] = T(distance * coefficient);
+        }
+      }
+      __syncthreads();
+      if (works) {
+        KEEP_ROLLED for (int j = 0; j < n; j += 4) {
+          Four<T> p[Cells<T>::N];
+          UNROLL for (int i = 0; i < Cells<T>::N; ++i)
+            p[i] = *reinterpret_cast<const Four<T>*>(tile + (cells.column + i * cells.across) * cells.pitch + j);
+          UNROLL for (int q = 0; q < 4; ++q) {
+            const Four<T> c =
+                *reinterpret_cast<const Four<T>*>(coefficients + (j + q) * COEFFICIENTS_PITCH + cells.row);
+            UNROLL for (int i = 0; i < Cells<T>::N; ++i)
+              UNROLL for (int k = 0; k < 4; ++k) sums[i][k] += c.x[k] * p[i].x[q];
+          }
+        }
+      }
+      __syncthreads();
     }
-    load_tile(place, owner, across, first_column, place.columns, true, tile);
-    __syncthreads();
-    for (int other = 0; other < n; ++other) {
-      const T p = tile[other * PITCH + column];
-      UNROLL for (int k = 0; k < EACH; ++k)
-        if (row + 4 * k < rows) sums[k] += coefficients[(row + 4 * k) * (TILE + 1) + other] * p;
+    if (!works) continue;
+    if (reach.slice) {
+      const Slice& slice = *reach.slice;
+      UNROLL for (int i = 0; i < Cells<T>::N; ++i) {
+        if (cells.column + i * cells.across >= columns) break;
+        const int64_t at = element - slice.begin + i * cells.across * reach.column_stride;
+        UNROLL for (int k = 0; k < 4; ++k) sums[i][k] += Lying<T>::value(g[i][k], slice.g_dtype);
+        if (reach.in_fours) {
+          store_four(slice.g, slice.g_dtype, at, sums[i]);
+        } else {
+          UNROLL for (int k = 0; k < 4; ++k)
+            if (k < own_rows) store<T>(slice.g, slice.g_dtype, at + k * reach.row_stride, sums[i][k]);
+        }
+      }
+      continue;
     }
-    __syncthreads();
+    // A thread's cells of the tile are its own again.
+    T* const own = tile + cells.column * cells.pitch + cells.row;
+    UNROLL for (int i = 0; i < Cells<T>::N; ++i)
+      UNROLL for (int k = 0; k < 4; ++k) own[i * cells.across * cells.pitch + k] = sums[i][k];
+    Owner owner = place.owner(args.slices);
+    KEEP_ROLLED for (int i = 0; i < Cells<T>::N && cells.column + i * cells.across < columns; ++i) {
+      KEEP_ROLLED for (int k = 0; k < 4 && k < own_rows; ++k) {
+        const int64_t e = element + (place.is_b ? i * cells.across * rank + k : i * cells.across + k * place.columns);
+        if (!owner.find(e)) continue;
+        const Slice& slice = *owner.slice;
+        const int64_t at = e - slice.begin;
+        store<T>(slice.g, slice.g_dtype, at,
+                 load<T>(slice.g, slice.g_dtype, at) + own[i * cells.across * cells.pitch + k]);
+      }
+    }
   }
-  UNROLL for (int k = 0; k < EACH; ++k) tile[(row + 4 * k) * PITCH + column] = sums[k];
-  __syncthreads();
-  for (int i = threadIdx.x; i < rows * COLUMNS; i += THREADS) {
-    int of_row, of_column;
-    tile_element(place.is_b, i, rows, of_row, of_column);
-    if (first_column + of_column >= place.columns) continue;
-    const int64_t element = place.element(first_row + of_row, first_column + of_column);
-    if (!owner.find(element)) continue;
-    const Slice& slice = *owner.slice;
-    const int64_t at = element - slice.begin;
-    store<T>(slice.g, slice.g_dtype, at, load<T>(slice.g, slice.g_dtype, at) + tile[of_row * PITCH + of_column]);
+}
+
+template <class T>
+__device__ inline void penalty_block(const PenaltyArguments& args, T* coefficients, T* tile) {
+  __shared__ double shared[WARPS];
+  if (int64_t(blockIdx.x) == args.n_blocks) {
+    double sum = 0.0;
+    for (int64_t f = threadIdx.x; f < args.n_factors; f += THREADS) {
+      double squares = 0.0;
+      for (int64_t i = args.factors[f].distance_block; i < args.factors[f + 1].distance_block; ++i)
+        squares += args.distances[i];
+      sum += args.share * sqrt(squares);
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0 && args.value) *args.value = sum;
+    return;
   }
+  const Place place = place_of(args.adapters, args.factors, args.n_factors, &args.factors->penalty_block, blockIdx.x);
+  if ((place.adapter->is_float64 != 0) != (sizeof(T) == sizeof(double))) return;
+  double squares = 0.0;
+  for (int64_t i = place.factor[0].distance_block + threadIdx.x; i < place.factor[1].distance_block; i += THREADS)
+    squares += args.distances[i];
+  const double norm = sqrt(block_sum(squares, shared));
+  const double scale = args.share * (args.factor ? *args.factor : 1.0);
+  penalty_tile(args, place, norm > 0.0 ? scale * 2.0 / norm : 0.0, coefficients, tile);
 }
 
 // ---- Digest
@@ -2113,9 +2379,9 @@ KERNEL(allocator_update, allocator::UpdateArguments) {
 }
 
 // Scores of some rows of a B, added up for each column.
-KERNEL(allocator_scores_of_b, allocator::ScoresArguments) {
+KERNEL_OF_THREE(allocator_scores_of_b, allocator::ScoresArguments) {
   using namespace allocator;
-  __shared__ double sums[THREADS];
+  __shared__ double sums[4 * THREADS];
   if (args.plan && !args.plan->chooses) return;
   constexpr int64_t STRIDE = sizeof(Adapter) / sizeof(int64_t);
   const int64_t a = last_up_to(&args.adapters->score_block, STRIDE, args.n_adapters, blockIdx.x);
@@ -2126,10 +2392,14 @@ KERNEL(allocator_scores_of_b, allocator::ScoresArguments) {
   const int width = int(smaller(THREADS, rank - first_column)), high = THREADS / width;
   const int row = threadIdx.x / width, column = threadIdx.x % width;
   const int64_t begin = block * adapter.score_rows, end = smaller(adapter.output, begin + adapter.score_rows);
-  double sum = 0.0;
-  if (row < high) {
-    int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_B], adapter.slices[FACTOR_B + 1], begin * rank);
-    for (; s < adapter.slices[FACTOR_B + 1] && args.slices[s].begin < end * rank; ++s) {
+  const int32_t last_slice = adapter.slices[FACTOR_B + 1];
+  int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_B], last_slice, begin * rank);
+  int rows = high;
+  if (across == 1 && s < last_slice && can_read_fours(args.slices[s], begin * rank, end * rank)) {
+    rows = scores_in_fours(args.slices[s], begin * rank - args.slices[s].begin, (end - begin) * rank, int(rank), sums);
+  } else {
+    double sum = 0.0;
+    for (; row < high && s < last_slice && args.slices[s].begin < end * rank; ++s) {
       const Slice& slice = args.slices[s];
       if (slice.replica) continue;
       // Counted from the block's first row, elements fit 32 bits.
@@ -2141,11 +2411,17 @@ KERNEL(allocator_scores_of_b, allocator::ScoresArguments) {
         if (element >= slice.begin && element < slice.end) sum += score(slice, element - slice.begin);
       }
     }
+    sums[threadIdx.x] = sum;
   }
-  sums[threadIdx.x] = sum;
+  __syncthreads();
+  double total = 0.0;
+  if (row < high)
+    for (int r = row; r < rows; r += high) total += sums[r * width + column];
+  __syncthreads();
+  sums[threadIdx.x] = total;
   __syncthreads();
   if (int(threadIdx.x) < width) {
-    double total = 0.0;
+    total = 0.0;
     for (int r = 0; r < high; ++r) total += sums[r * width + threadIdx.x];
     args.parts[adapter.score_part + block * rank + first_column + threadIdx.x] = total;
   }
@@ -2284,16 +2560,16 @@ KERNEL(allocator_finish, allocator::FinishArguments) {
 }
 
 // Products of some rows of a factor with others, over some of its columns.
-KERNEL(allocator_gram, allocator::GramArguments) {
+KERNEL_OF_THREE(allocator_gram_float32, allocator::GramArguments) {
   using namespace allocator;
-  __shared__ double tiles[2 * TILE * PITCH];
-  const Place place = place_of(args.adapters, args.factors, args.n_factors, &args.factors->gram_block, blockIdx.x);
-  if (place.adapter->is_float64) {
-    gram_tile(args, place, tiles, tiles + TILE * PITCH);
-  } else {
-    float* own = reinterpret_cast<float*>(tiles);
-    gram_tile(args, place, own, own + TILE * PITCH);
-  }
+  __shared__ allocator::Four<float> shared[GRAM_SIZE<float> / 4];
+  gram_block(args, reinterpret_cast<float*>(shared));
+}
+
+KERNEL_OF_ONE(allocator_gram_float64, allocator::GramArguments) {
+  using namespace allocator;
+  __shared__ allocator::Four<double> shared[GRAM_SIZE<double> / 4];
+  gram_block(args, reinterpret_cast<double*>(shared));
 }
 
 // Some elements of a Gram matrix, from the sums over its columns unless it is given, and how far from the identity's
@@ -2325,33 +2601,16 @@ KERNEL(allocator_distance, allocator::DistanceArguments) {
 }
 
 // The penalty's gradient added to some elements of a factor's; the last block writes the penalty.
-KERNEL(allocator_penalty, allocator::PenaltyArguments) {
+KERNEL_OF_THREE(allocator_penalty_float32, allocator::PenaltyArguments) {
   using namespace allocator;
-  __shared__ double tile[TILE * PITCH], coefficients[TILE * (TILE + 1)];
-  __shared__ double shared[WARPS];
-  if (int64_t(blockIdx.x) == args.n_blocks) {
-    double sum = 0.0;
-    for (int64_t f = threadIdx.x; f < args.n_factors; f += THREADS) {
-      double squares = 0.0;
-      for (int64_t i = args.factors[f].distance_block; i < args.factors[f + 1].distance_block; ++i)
-        squares += args.distances[i];
-      sum += args.share * sqrt(squares);
-    }
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0 && args.value) *args.value = sum;
-    return;
-  }
-  const Place place = place_of(args.adapters, args.factors, args.n_factors, &args.factors->penalty_block, blockIdx.x);
-  double squares = 0.0;
-  for (int64_t i = place.factor[0].distance_block + threadIdx.x; i < place.factor[1].distance_block; i += THREADS)
-    squares += args.distances[i];
-  const double norm = sqrt(block_sum(squares, shared));
-  const double scale = args.share * (args.factor ? *args.factor : 1.0);
-  const double coefficient = norm > 0.0 ? scale * 2.0 / norm : 0.0;
-  if (place.adapter->is_float64)
-    penalty_tile(args, place, coefficient, coefficients, tile);
-  else
-    penalty_tile(args, place, coefficient, reinterpret_cast<float*>(coefficients), reinterpret_cast<float*>(tile));
+  __shared__ allocator::Four<float> tile[Cells<float>::TILE_SIZE / 4], coefficients[TILE * COEFFICIENTS_PITCH / 4];
+  penalty_block(args, reinterpret_cast<float*>(coefficients), reinterpret_cast<float*>(tile));
+}
+
+KERNEL_OF_ONE(allocator_penalty_float64, allocator::PenaltyArguments) {
+  using namespace allocator;
+  __shared__ allocator::Four<double> tile[Cells<double>::TILE_SIZE / 4], coefficients[TILE * COEFFICIENTS_PITCH / 4];
+  penalty_block(args, reinterpret_cast<double*>(coefficients), reinterpret_cast<double*>(tile));
 }
 
 // One block: FNV-1a of what every process must agree on. Bytes that are 0 or 1 change the hash's lowest bit alone
