@@ -42,12 +42,12 @@ test-rust: tools
 test-cpp: tools lib
 	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
 	cmake --build target/cpp
-	ctest --test-dir target/cpp --output-on-failure
+	ctest --test-dir target/cpp --output-on-failure --parallel $$(nproc)
 
 test-cpp-sanitized: tools lib-sanitized
 	cmake -S cpp_tests -B target/cpp-sanitized -G Ninja -DADALORA_SANITIZE=ON -DADALORA_LIBRARY=$(abspath $(SANITIZED)) >/dev/null
 	cmake --build target/cpp-sanitized
-	ctest --test-dir target/cpp-sanitized --output-on-failure
+	ctest --test-dir target/cpp-sanitized --output-on-failure --parallel $$(nproc)
 
 # The CUDA backend with one mistake after another, each of which a test has to notice.
 test-cuda-mistakes: tools lib
