@@ -275,26 +275,26 @@ namespace software {
 
 // As it is declared; found where it is, since nothing is linked.
 template <class Function>
-Function* function(Function&, const char* name) {
+Function* function(const char* name) {
   return reinterpret_cast<Function*>(symbol(name));
 }
 
 bool is_there() { return wanted() && exported("software_cuda_calls") != nullptr; }
 
 int64_t calls(const char* name) {
-  if (name == nullptr) return function(software_cuda_calls, "software_cuda_calls")();
-  return function(software_cuda_calls_of, "software_cuda_calls_of")(name);
+  if (name == nullptr) return function<decltype(software_cuda_calls)>("software_cuda_calls")();
+  return function<decltype(software_cuda_calls_of)>("software_cuda_calls_of")(name);
 }
 
-void fail(int64_t n) { function(software_cuda_fail_call, "software_cuda_fail_call")(n); }
+void fail(int64_t n) { function<decltype(software_cuda_fail_call)>("software_cuda_fail_call")(n); }
 
-std::string failed() { return function(software_cuda_failed_call, "software_cuda_failed_call")(); }
+std::string failed() { return function<decltype(software_cuda_failed_call)>("software_cuda_failed_call")(); }
 
 std::vector<int64_t> living() {
   std::vector<int64_t> all;
   for (int kind : {SOFTWARE_CUDA_ALLOCATIONS, SOFTWARE_CUDA_STREAMS, SOFTWARE_CUDA_EVENTS,
                    SOFTWARE_CUDA_RETAINED_CONTEXTS, SOFTWARE_CUDA_MODULES, SOFTWARE_CUDA_HANDLES})
-    all.push_back(function(software_cuda_live, "software_cuda_live")(kind));
+    all.push_back(function<decltype(software_cuda_live)>("software_cuda_live")(kind));
   return all;
 }
 
