@@ -232,9 +232,8 @@ MISTAKES = [
     Mistake(
         "a barrier is missing between writing shared memory and reading it",
         KERNELS,
-        "if (!same) load_tile(place, owner, int64_t(across) * TILE, column, panel_end, false, right);\n"
-        "      __syncthreads();",
-        "if (!same) load_tile(place, owner, int64_t(across) * TILE, column, panel_end, false, right);",
+        "__syncthreads();\n    if (works) {\n      KEEP_ROLLED for (int c = share;",
+        "if (works) {\n      KEEP_ROLLED for (int c = share;",
         "test_operations",
         "cuda_gram.several_layers__f32*",
     ),
