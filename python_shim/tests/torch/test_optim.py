@@ -617,6 +617,28 @@ def test_cast_parameters_go_on():
     assert optimizer.allocator.state_dict()["exp_avg_ipt.fc1.A"].dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64,), (torch.bfloat16, torch.float32), (torch.float16,)])
+def test_cast_parameters_go_on_at_once(dtypes):
+    """With the very next step, and as where the run is saved, and loaded for the cast parameters."""
+    ours = network(torch.float32)
+    # PyTorch's own part does not cast its moments.
+    ours.head.requires_grad_(False)
+    optimizer = AdamW(groups(ours)[:3], RankAllocator(ours), lr=1e-2)
+    train(ours, optimizer, batches(8, torch.float32))
+    for dtype in dtypes:
+        saved = copy.deepcopy(optimizer.state_dict())
+        ours.to(dtype)
+        other = copy.deepcopy(ours)
+        again = AdamW(groups(other)[:3], RankAllocator(other), lr=1e-2)
+        again.load_state_dict(saved)
+        for model, its in ((ours, optimizer), (other, again)):
+            for batch in batches(3, dtype, seed=2):
+                loss_of(model, batch).backward()
+                its.step()
+                its.zero_grad()
+        assert_equal(snapshot(ours, optimizer), snapshot(other, again))
+
+
 def test_assigned_parameters():
     ours, optimizer = begin(torch.float32)
     train(ours, optimizer, batches(2, torch.float32))

@@ -449,6 +449,18 @@ class RankAllocator:
         """Know an optimiser whose state `compact` has to shrink."""
         self._optimizers.add(optimizer)
 
+    def fit(self, params: Sequence[nn.Parameter]) -> None:
+        """Where parameters were cast or moved, let the run go on in memory that fits them."""
+        if self._sharding is None and is_dtensor(params[0]):
+            raise InvalidStateError(
+                f"{self.names[0]}: expected a whole parameter, as when the allocator was made, found a sharded one: "
+                "make the allocator after fully_shard, and before the model has run"
+            )
+        if [p.dtype for p in params] != self._param_dtypes or params[0].device != self._step.device:
+            carried = self._native.save_state(stream=self._stream) if self._native.handle.bound else self._carried
+            self._make(params)
+            self._carried = carried
+
     def use_moments(self, moments: list[tuple[Tensor, Tensor, int]], steps: Sequence[int]) -> None:
         """Let AdamW's state be what the next steps work on.
 
@@ -465,7 +477,7 @@ class RankAllocator:
     def place(self) -> bool:
         """Bind where parameters and gradients lie now. Whether any adapter has a gradient."""
         params = self.parameters()
-        self._fit(params)
+        self.fit(params)
         grads = [p.grad for p in params]
         found = True
         if any(g is None for g in grads):
@@ -649,18 +661,6 @@ class RankAllocator:
     def _place_with_gradients(self, call: str) -> None:
         if not self.place():
             raise InvalidStateError(f"{call}: expected gradients, found none: call it after backward, before zero_grad")
-
-    def _fit(self, params: Sequence[nn.Parameter]) -> None:
-        """Where parameters were cast or moved, let the run go on in memory that fits them."""
-        if self._sharding is None and is_dtensor(params[0]):
-            raise InvalidStateError(
-                f"{self.names[0]}: expected a whole parameter, as when the allocator was made, found a sharded one: "
-                "make the allocator after fully_shard, and before the model has run"
-            )
-        if [p.dtype for p in params] != self._param_dtypes or params[0].device != self._step.device:
-            carried = self._native.save_state(stream=self._stream) if self._native.handle.bound else self._carried
-            self._make(params)
-            self._carried = carried
 
     def _fill(self, params: Sequence[nn.Parameter], grads: list[Tensor | None]) -> bool:
         """Put zeros where gradients are missing. Whether any adapter has a gradient."""
@@ -856,7 +856,7 @@ class RankAllocator:
 
     def penalty_and_gradients(self, weight: float | None, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The penalty, and its gradients for all parameters, as new tensors."""
-        self._fit(params)
+        self.fit(params)
         if self._sharding is not None:
             grads = self._penalty_of_shards(weight, None)
             zeros = [torch.zeros_like(local(p), dtype=state_dtype(p)) for p in params]

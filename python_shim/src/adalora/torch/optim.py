@@ -229,6 +229,8 @@ class AdamW(torch.optim.AdamW):
             return
         if allocator.is_capturing():
             raise InvalidStateError("capture: expected a step before that is not captured, found none since changes")
+        # For cast or moved parameters, before it is given what is made for them.
+        allocator.fit(params)
         numbers = {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
         for name, p in zip(allocator.names, params, strict=True):
             if p.requires_grad and p not in numbers:
