@@ -407,5 +407,7 @@ def test_what_is_not_supported_is_refused():
     with unsupported(match=r"found one that torch\.jit traces: use torch\.export"):
         torch.jit.trace(model, x)
     x.requires_grad_(True)
+    with unsupported(match="backward: expected gradients without vmap's dimension"):
+        torch.autograd.functional.jacobian(model, x, vectorize=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         torch.func.grad(lambda x: torch.func.grad(lambda x: model(x).square().sum())(x).sum())(x)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from adalora import CorruptDataError, InvalidArgumentError, InvalidStateError
-from adalora.torch import AdaLoraConfig, RankAllocator, adapt
+from adalora.torch import AdaLoraConfig, AdamW, RankAllocator, adapt
 
 STEPS = SETTINGS["total_step"]
 
@@ -451,6 +451,34 @@ def test_frozen_parameters():
     backward(model, *batches(1))
     with pytest.raises(InvalidArgumentError, match=r"fc3.E: expected requires_grad as its adapter's others"):
         allocator.update_and_allocate(0)
+
+    # Also once the run has begun.
+    model = network()
+    allocator = RankAllocator(model)
+    optimizer = AdamW(trained(model).values(), allocator, lr=1e-2)
+    A = model.fc3.lora_A["default"]
+    for step, batch in enumerate(batches(2)):
+        A.requires_grad_(step == 0)
+        before = A.detach().clone()
+        backward(model, batch)
+        if step == 0:
+            optimizer.step()
+        else:
+            with pytest.raises(InvalidArgumentError, match=r"fc3.A: expected requires_grad as its adapter's others"):
+                optimizer.step()
+            assert torch.equal(A, before)
+        optimizer.zero_grad()
+
+
+def test_parameters_of_another_shape_are_refused():
+    model = network()
+    allocator = RankAllocator(model)
+    p = model.fc2.lora_A["default"]
+    p.data = p.data[:2].contiguous()
+    with pytest.raises(
+        InvalidArgumentError, match=r"fc2.A: expected shape \[\d+, \d+\], as when the allocator was made"
+    ):
+        allocator.standing()
 
 
 @pytest.mark.parametrize("way", ["data", "assign", "to"])

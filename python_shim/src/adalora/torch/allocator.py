@@ -671,6 +671,10 @@ class RankAllocator:
                 if present[-1]:
                     self._no_gradients.pop(i, None)
                     if grads[i] is None:
+                        if not params[i].requires_grad:
+                            raise InvalidArgumentError(
+                                f"{self.names[i]}: expected requires_grad as its adapter's others, found False"
+                            )
                         grads[i] = params[i].grad = torch.zeros_like(params[i])
                 else:
                     if i not in self._no_gradients:
@@ -735,8 +739,13 @@ class RankAllocator:
         for k, (name, p) in enumerate(zip(self.names, params, strict=True)):
             if not shards[k].is_contiguous():
                 raise InvalidArgumentError(f"{name}: expected a contiguous parameter, found strides {p.stride()}")
-            if not p.requires_grad and any(q.requires_grad for q in params[k - k % 3 : k - k % 3 + 3]):
-                raise InvalidArgumentError(f"{name}: expected requires_grad as its adapter's others, found False")
+            adapter = self._native.adapters[k // 3]
+            r = adapter.init_r
+            shape = [(r, adapter.in_features), (r, 1), (adapter.out_features, r)][k % 3]
+            if p.shape != shape:
+                raise InvalidArgumentError(
+                    f"{name}: expected shape {list(shape)}, as when the allocator was made, found {list(p.shape)}"
+                )
             if p.device != self._step.device:
                 raise InvalidArgumentError(f"{name}: expected a parameter on {self._step.device}, found {p.device}")
         state, workspace = self._memory

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .. import _bindings as c
@@ -295,6 +296,11 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @wraps(backward)
     def run(ctx: Any, *args: Any) -> tuple[Any, ...]:
+        if any(dy is not None and is_legacy_batchedtensor(dy) for dy in args):
+            raise UnsupportedError(
+                "backward: expected gradients without vmap's dimension, found is_grads_batched or what uses it: take "
+                "them one after the other"
+            )
         if not torch.is_grad_enabled():
             return backward(ctx, *args)
         with torch.no_grad():
