@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
 
 import adalora
 from adalora._cuda import _WHEELS
@@ -39,8 +39,11 @@ print(json.dumps([kind, text, files, [version.value for version in versions]]))
 
 
 def report(before: str = "", **arguments: object) -> tuple[str, str, list[str], list[int]]:
-    program = f"import sys\nsys.path[:0] = {[str(PROJECT / 'src')]!r}\n{before}\narguments = {arguments!r}\n{REPORT}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = f"{before}\narguments = {arguments!r}\n{REPORT}"
+    # The very package that is tested.
+    package = {"PYTHONPATH": str(Path(adalora.__file__).parents[1]), "ADALORA_LIBRARY": adalora.load().path}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | package, capture_output=True, text=True, check=True)
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
