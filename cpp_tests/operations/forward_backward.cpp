@@ -1,5 +1,8 @@
 // Forward and backward: shapes, strides, element types, groups, stages, patterns; gradients also by finite differences.
 
+#include <array>
+#include <cmath>
+
 #include "operations.hpp"
 #include "pass.hpp"
 #include "support/random.hpp"
@@ -42,6 +45,23 @@ void zero_stays_zero(Backend& backend, LayerCase layer) {
   for (int m : {0, 2})
     expect_close(layer.name + ": gradient of " + "AEB"[m], expected.adapters[0].grads[m], pass.gradient(0, m), eps,
                  layer.param);
+}
+
+// Factors of unusual size, each multiplied by a power of two: no scale on the way to what comes of them is infinite.
+using Sizes = std::array<int, 3>;  // of A, E and B
+
+void of_unusual_factors(Backend& backend, const LayerCase& layer, Sizes sizes) {
+  LayerContents contents = random_contents(layer);
+  for (AdapterContents& one : contents.adapters)
+    for (int m : {0, 1, 2})
+      for (double& value : one.params[m].values)
+        value = rounded(std::ldexp(value, sizes[static_cast<size_t>(m)]), layer.param);
+  const LayerResults expected = expected_results(layer, contents);
+  Pass pass(backend, backend.context(), layer, contents);
+  pass.forward();
+  pass.check_forward(expected);
+  pass.backward();
+  pass.check_backward(expected);
 }
 
 // sum(y * weights), whose gradient for y is `weights`.
@@ -234,6 +254,13 @@ std::vector<Case> forward_backward_cases() {
     const LayerCase layer = of(types, {33, 65, 13, 8});
     rows.push_back(
         {"a triplet whose E is 0 adds nothing", layer.name, [layer](Backend& b) { zero_stays_zero(b, layer); }});
+  }
+
+  for (const Types& types : {Types{f64, f64}, Types{f32, f32}, Types{bf16, f32}, Types{f16, f32}, Types{bf16, bf16}}) {
+    const LayerCase layer = of(types, {33, 65, 13, 8});
+    for (const Sizes& sizes : {Sizes{-60, -60, -60}, Sizes{-100, 0, 100}, Sizes{100, 0, -100}})
+      rows.push_back({"factors of unusual size", layer.name + ", A times 2^" + std::to_string(sizes[0]),
+                      [layer, sizes](Backend& b) { of_unusual_factors(b, layer, sizes); }});
   }
 
   std::vector<LayerCase> small = {of({f64, f64}, {5, 7, 6, 3}), of({f64, f64}, {1, 1, 1, 1}),

@@ -444,8 +444,10 @@ KERNEL(pass_scales, PassScales) {
   float mine = 0.0f;
   for (int64_t tile = threadIdx.x; tile < args.tiles; tile += THREADS) mine = fmaxf(mine, p.peaks[tile * p.rank + j]);
   const float peak = combined(shared, mine, [](float a, float b) { return fmaxf(a, b); });
-  // Nothing to scale by: as it is.
-  if (threadIdx.x == 0) p.scales[j] = peak > 0.0f ? 16384.0f / power_below(peak) : 1.0f;
+  // Nothing to scale by: as it is. What is smaller than LEAST needs no more: neither a scale nor what it multiplies
+  // overflows then.
+  constexpr float LEAST = 2.0679515e-25f;  // 2^-82
+  if (threadIdx.x == 0) p.scales[j] = peak > 0.0f ? 16384.0f / power_below(fmaxf(peak, LEAST)) : 1.0f;
 }
 
 // Adds a second product, of weighted h or g and a factor, to y or dx of half precision: sums in float32, rounded once.
