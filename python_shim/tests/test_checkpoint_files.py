@@ -226,6 +226,13 @@ def test_what_cannot_be_written(tmp_path, adapters, changed, text):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_path_does_not_end_early(tmp_path, adapters):
+    save(tmp_path, config=SETTINGS, adapters=adapters)
+    for call in (lambda folder: save(folder, config=SETTINGS, adapters=adapters), Checkpoint):
+        with pytest.raises(InvalidArgumentError, match="folder: expected a path without a zero character"):
+            call(f"{tmp_path}/\0new")
+
+
 def test_adapters_that_do_not_fit(tmp_path, adapters):
     A, E, B = adapters["layers.1.q"].params
     for adapter, text in (

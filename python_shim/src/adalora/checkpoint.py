@@ -177,7 +177,7 @@ class Checkpoint(NativeObject):
         self.library = _library(library)
         files = adapter * c.ADALORA_FILES_ADAPTER | state * c.ADALORA_FILES_STATE
         pointer = ctypes.POINTER(c.adalora_checkpoint_t)()
-        self.library.adalora_checkpoint_open(os.fsencode(folder), files, ctypes.byref(pointer))
+        self.library.adalora_checkpoint_open(_path(folder), files, ctypes.byref(pointer))
         self._handle = Handle(self.library, pointer, self.library.adalora_checkpoint_destroy, ())
         self._adapters = {info.name: (i, info) for i, info in enumerate(self._list_adapters())} if adapter else {}
         self._tensors = {
@@ -304,7 +304,7 @@ class _Contents:
     ) -> None:
         self._lease = HOST.lease()
         self._kept: list[Any] = [adapters, tensors, state_tensors, self._lease]
-        self.desc = c.adalora_checkpoint_desc_t(ctypes.sizeof(c.adalora_checkpoint_desc_t), os.fsencode(folder))
+        self.desc = c.adalora_checkpoint_desc_t(ctypes.sizeof(c.adalora_checkpoint_desc_t), _path(folder))
         if config is not None:
             try:
                 text = json.dumps(config, allow_nan=False)
@@ -357,6 +357,14 @@ class _Contents:
 
 def _library(library: Library | str | os.PathLike[str] | None) -> Library:
     return library if isinstance(library, Library) else load(library)
+
+
+def _path(folder: str | os.PathLike[str]) -> bytes:
+    """A path for C, where a zero character would end it."""
+    encoded = os.fsencode(folder)
+    if b"\0" in encoded:
+        raise InvalidArgumentError(f"folder: expected a path without a zero character, found {folder!r}")
+    return encoded
 
 
 def _bytes(text: str, name: str) -> bytes:
