@@ -232,6 +232,24 @@ def test_peft_loads_ours(tmp_path, x, beside):
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("beside", [{}, BESIDE[-1]], ids=str)
+def test_a_compiled_model_has_the_names_of_its_own(tmp_path, x, beside):
+    model = network(**beside)
+    shake(model)
+    compiled = torch.compile(model, backend="eager")
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(compiled, tmp_path / "compiled")
+    for file in (CONFIG, ADAPTER):
+        assert (tmp_path / "compiled" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    assert RankAllocator(compiled).ranks() == RankAllocator(model).ranks()
+    other = torch.compile(base(), backend="eager")
+    assert load_adapter(other, tmp_path / "plain") is other
+    load_adapter(compiled, tmp_path / "plain")
+    torch.testing.assert_close(other.eval()(x), model.eval()(x))
+    merge(other)
+    torch.testing.assert_close(other(x), model(x))
+
+
 @pytest.mark.parametrize("beside", BESIDE, ids=str)
 def test_we_load_what_peft_saved(tmp_path, x, beside):
     theirs = peft_model(**beside)

@@ -329,6 +329,28 @@ def test_a_trained_base_gets_its_gradient(x):
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_tensor_of_another_class_keeps_it(x):
+    class Own(Tensor):
+        pass
+
+    model = network()
+    randomize(model)
+    expected = model(x)
+    for own in (x.as_subclass(Own), x.clone().requires_grad_(True).as_subclass(Own)):
+        y = model(own)
+        assert type(y) is Own
+        torch.testing.assert_close(y.as_subclass(Tensor), expected)
+        found, wanted = (torch.autograd.grad(z.square().sum(), list(trained(model).values())) for z in (y, model(x)))
+        torch.testing.assert_close([grad.as_subclass(Tensor) for grad in found], list(wanted))
+
+
+def test_a_ragged_input_is_refused():
+    model = network()
+    ragged = torch.nested.nested_tensor([torch.randn(n, 24) for n in (2, 3)], layout=torch.jagged)
+    with pytest.raises(InvalidArgumentError, match=r"x: expected a dense tensor, found one of layout torch\.jagged"):
+        model.layers[0].output(ragged)
+
+
 def test_hooks_see_the_base_layers_own_output(x):
     model = network()
     randomize(model)
@@ -610,6 +632,17 @@ def test_a_failed_adapt_leaves_the_model_alone():
         assert not hasattr(model, "adalora_config")
 
 
+def test_a_part_that_has_the_adapter_already():
+    model = Network()
+    adapt(model.layers[1], config(target_modules=["query"]))
+    A, others = model.layers[1].query.lora_A["default"], dict(model.named_parameters())
+    with pytest.raises(InvalidArgumentError, match=r"'default', which layers\.1\.query has from a call for a part"):
+        adapt(model, config())
+    assert model.layers[1].query.lora_A["default"] is A
+    assert dict(model.named_parameters()) == others
+    assert model.head.weight.requires_grad
+
+
 def test_what_is_trained_whole_goes_with_the_first_adapter(tmp_path):
     model = network()
     before = copy.deepcopy(model.state_dict())
@@ -826,6 +859,26 @@ def test_deleting_the_only_adapter_unwraps(x):
     model = network()
     delete_adapter(model, "default")
     assert str(model) == str(Network())
+
+
+@pytest.mark.parametrize("adapt_compiled", [False, True])
+def test_a_compiled_model_is_taken_for_its_own(x, adapt_compiled):
+    torch.manual_seed(1)
+    plain, model = Network(), Network()
+    plain.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, backend="eager")
+    # A regular expression is for whole paths.
+    made = adapt(compiled if adapt_compiled else model, config(target_modules=r"layers\.\d\.query"))
+    assert made is (compiled if adapt_compiled else model)
+    randomize(model)
+    assert list(named_adapters(compiled)) == list(named_adapters(model)) == ["layers.0.query", "layers.1.query"]
+    adapted = model(x)
+    with disable_adapters(compiled):
+        torch.testing.assert_close(compiled(x), plain(x))
+    assert merge_and_unload(compiled) is compiled
+    torch.testing.assert_close(compiled(x), adapted)
+    assert not hasattr(model, "adalora_config")
+    assert [type(layer.query) for layer in model.layers] == [nn.Linear] * 2
 
 
 def test_each_kind_wraps_its_own_layers():

@@ -168,7 +168,8 @@ class Run:
 
 def _adapted(model: nn.Module, adapter_name: str) -> nn.Module:
     """The module that has the adapter: `adapt` was called for it, or PEFT has put it around a model."""
-    found = [each for each in model.modules() if adapter_name in getattr(each, "adalora_config", ())]
+    # What `torch.compile` has put around one shows its attributes too.
+    found = [each for each in model.modules() if adapter_name in each.__dict__.get("adalora_config", ())]
     # Whoever has such a model has imported these.
     theirs, ours = (sys.modules.get(name) for name in ("peft.tuners.adalora.model", "adalora.peft.model"))
     if theirs is not None:

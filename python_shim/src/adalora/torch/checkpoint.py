@@ -28,7 +28,7 @@ from .config import TASK_HEADS, AdaLoraConfig
 from .convolution import SVDConv1d, SVDConv2d
 from .distributed import copy_whole, fsdp_modules, gather_objects, in_first_process, is_dtensor, spread_state, whole
 from .embedding import SVDEmbedding
-from .layers import SVDLayer
+from .layers import SVDLayer, uncompiled
 from .matching import matching_modules, svd_layer
 from .model import adapt, get_config, named_adapters, saved_modules
 
@@ -294,7 +294,7 @@ def _tensors_beside(model: nn.Module, config: AdaLoraConfig, layers: Collection[
     # Paths before `adapt`, of layers that have any adapter: a layer may have another adapter than this one.
     wrapped = {f"{path}.base_layer": path for path in named_adapters(model, None)}
     tensors = {}
-    for path, module in model.named_modules():
+    for path, module in uncompiled(model).named_modules():
         bias, path = module._parameters.get("bias"), wrapped.get(path, path)
         if bias is not None and (config.bias == "all" or (config.bias == "lora_only" and path in layers)):
             name = f"{path}.base_layer.bias" if path in layers else f"{path}.bias"

@@ -228,6 +228,9 @@ def _check(x: Tensor, parts: Sequence[Part]) -> None:
 
 
 def _check_part(part: Part, name: str, x: Tensor, dtype: torch.dtype) -> None:
+    for field, tensor in (("x", x), *zip("yAEB", part[:4], strict=True)):
+        if tensor.layout != torch.strided:
+            raise InvalidArgumentError(f"{name}{field}: expected a dense tensor, found one of layout {tensor.layout}")
     r, features = part.A.shape[0], part.A.shape[-1]
     if x.shape[-1] != features:
         raise InvalidArgumentError(f"{name}x: expected {features} features as A has, found {x.shape[-1]}")

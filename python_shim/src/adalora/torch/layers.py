@@ -27,6 +27,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given to make a module, by whose paths its layers are known; any other as it is."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return model._orig_mod if dynamo is not None and isinstance(model, dynamo.OptimizedModule) else model
+
+
 class Refusal(NamedTuple):
     """Why a layer cannot be adapted."""
 
@@ -452,7 +458,8 @@ class SVDLinear(SVDLayer):
                 y = nn.functional.linear(x, weight, bias)
             finally:
                 torch._C._set_grad_enabled(graph)
-        return y, weight, y.is_contiguous()
+        # A tensor of the caller's own class comes back as a view.
+        return y, weight, y.is_contiguous() and not y._is_view()
 
     def _part(self, name: str, y: Tensor, weight: Tensor | None, in_place: bool) -> Part:
         A, E, B = self.triplets(name)

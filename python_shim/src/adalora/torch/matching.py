@@ -14,7 +14,7 @@ from ..errors import InvalidArgumentError
 from .config import TASK_HEADS, AdaLoraConfig
 from .convolution import SVDConv1d, SVDConv2d
 from .embedding import SVDEmbedding
-from .layers import SVDLayer, SVDLinear, is_conv1d
+from .layers import SVDLayer, SVDLinear, is_conv1d, uncompiled
 
 # What is targeted in models of a known type where the configuration does not say, as in PEFT: names, or one expression.
 _QUERY_VALUE = ("q_proj", "v_proj")
@@ -70,6 +70,7 @@ def matching_modules(model: nn.Module, config: AdaLoraConfig) -> dict[str, nn.Mo
 
     """
     config.check()
+    model = uncompiled(model)
     modules = dict(_outside_adapters(model))
     targets = _usual_targets(model, config) if config.target_modules is None else config.target_modules
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"

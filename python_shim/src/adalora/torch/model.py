@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import AdaLoRAError, InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
-from .layers import SharedInput, SVDLayer, SVDLinear
+from .layers import SharedInput, SVDLayer, SVDLinear, uncompiled
 from .matching import matching_modules, svd_layer
 
 SHARED_INPUTS = (
@@ -55,6 +55,7 @@ def adapt(
     if not isinstance(config, AdaLoraConfig):
         hint = "; AdaLoraConfig.from_dict(config.to_dict()) makes one of PEFT's" if hasattr(config, "to_dict") else ""
         raise InvalidArgumentError(f"config: expected adalora.torch.AdaLoraConfig, found {type(config)}{hint}")
+    given, model = model, uncompiled(model)
     configs: dict[str, AdaLoraConfig] = getattr(model, "adalora_config", {})
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise InvalidArgumentError(f"adapter_name: expected a name without dots, found {adapter_name!r}")
@@ -88,6 +89,12 @@ def adapt(
         )
     wrapped = {path: svd_layer(module) for path, module in targets.items()}
     _refuse_merged(path for path, layer in wrapped.items() if layer.merged_adapters)
+    taken = [path for path, layer in wrapped.items() if adapter_name in layer.lora_A]
+    if taken:
+        raise InvalidArgumentError(
+            f"adapter_name: expected a new name, found {adapter_name!r}, which {taken[0]} has from a call for a part "
+            "of the model"
+        )
 
     if not configs:
         model.requires_grad_(False)
@@ -116,7 +123,7 @@ def adapt(
         _train_beside(model, config.bias, wrapped, beside)
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in wrapped):
         _share_inputs(model.get_submodule(parent))
-    return model
+    return given
 
 
 def _refuse_merged(paths: Iterable[str]) -> None:
@@ -143,7 +150,7 @@ def _train_beside(model: nn.Module, bias: str, layers: dict[str, SVDLayer], save
 def saved_modules(model: nn.Module, config: AdaLoraConfig) -> dict[str, nn.Module]:
     """The modules that are trained whole and saved with the adapter: `modules_to_save` and the task type's heads."""
     named = lambda path, name: path == name or path.endswith(f".{name}")  # noqa: E731
-    paths = dict(model.named_modules())
+    paths = dict(uncompiled(model).named_modules())
     asked = tuple(config.modules_to_save or ())
     missing = [name for name in asked if not any(named(path, name) for path in paths)]
     if missing:
@@ -186,7 +193,7 @@ def named_adapters(model: nn.Module, adapter_name: str | None = "default") -> di
     """
     return {
         path: module
-        for path, module in model.named_modules()
+        for path, module in uncompiled(model).named_modules()
         if isinstance(module, SVDLayer) and (adapter_name is None or adapter_name in module.lora_A)
     }
 
@@ -332,4 +339,4 @@ def _restore(model: nn.Module, path: str, layer: SVDLayer) -> None:
     if isinstance(layer, SVDLinear) and layer.shared_input is not None:
         layer.shared_input.separate()
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, layer.base_layer)
+    setattr(uncompiled(model).get_submodule(parent), name, layer.base_layer)
