@@ -785,9 +785,10 @@ adalora_status_t adalora_allocator_sizes(const struct adalora_allocator_t *alloc
 // repeated when a buffer moves.
 //
 // On CUDA the workspace is the allocator's alone until then, since it holds where everything lies: calls that were
-// captured into a graph work on what is bound when they run. A bind waits for the stream, and cannot be captured; but one
-// that finds all as it was bound before, gradients alone elsewhere, only enqueues, may be captured, and does not look
-// at the state, but that zeros begin a run.
+// captured into a graph work on what is bound there when they run, in the state and with the slices' ranges and types that
+// they were captured with; where these change, or the workspace, capture anew. A bind waits for the stream, and cannot be
+// captured; but one that finds all as it was bound before, gradients alone elsewhere, only enqueues, may be captured, and
+// does not look at the state, but that zeros begin a run.
 //
 // @param state `adalora_allocator_sizes` bytes, aligned to 64. Zeros are a fresh run; otherwise what an earlier bind of
 // the same adapters left there, which goes on (also in a copy at another address). What begins otherwise is refused.
@@ -796,7 +797,8 @@ adalora_status_t adalora_allocator_sizes(const struct adalora_allocator_t *alloc
 // @param slices n descriptors, `stride` bytes apart. Their order does not matter. Ranges of one matrix must not
 // overlap.
 // @param hypers n_hyper descriptors, `hyper_stride` bytes apart; none are needed where AdamW is never asked for.
-// @return `ADALORA_ERROR_INVALID_ARGUMENT` names the slice and field; the earlier binding then stays.
+// @return `ADALORA_ERROR_INVALID_ARGUMENT` names the slice and field; the earlier binding then stays. So it does
+// after `ADALORA_ERROR_INCOMPLETE`, unless its workspace was written to: then the text says that nothing is bound.
 adalora_status_t adalora_allocator_bind(struct adalora_allocator_t *allocator,
                                         void *state,
                                         void *workspace,

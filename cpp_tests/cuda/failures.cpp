@@ -147,6 +147,48 @@ TEST_P(FailuresOf, Bind) {
   EXPECT_EQ(found.model().save(), expected.model().save());
 }
 
+// In the memory of the earlier binding, that one is lost: the text says so, and a later bind takes nothing for granted that
+// lies there.
+TEST_P(FailuresOf, BindInTheSameMemory) {
+  Training expected(device(), device().context(), GetParam()), found(device(), device().context(), GetParam());
+  const std::vector<Owned> everything = found.model().everything();
+  std::vector<Owned> halves = everything;  // of each E
+  for (Owned& part : halves)
+    if (part.matrix == 1) part.end = part.end / 2;
+  for (const Owned& part : everything)
+    if (part.matrix == 1) halves.push_back({part.adapter, 1, part.end / 2, part.end});
+  size_t size = 0;
+  require(adalora_allocator_sizes(found.model().allocator(), static_cast<int64_t>(halves.size()), nullptr, &size,
+                                  nullptr));
+  const support::Buffer own(device(), size);
+  void* const stream = device().waiting_stream();
+  int64_t step = 0;
+  const auto advance = [&](const std::string& what) {
+    Training::Given given;
+    given.step = step++;
+    for (Training* training : {&expected, &found}) {
+      training->give(given);
+      training->enqueue(device().stream());
+    }
+    ASSERT_EQ(found.buffers(), expected.buffers()) << what;
+    ASSERT_EQ(found.model().save(), expected.model().save()) << what;
+  };
+  require(found.model().bind_in(own, everything, stream));
+  advance("bound anew");
+  const int64_t calls = fail_each([&] { return found.model().bind_in(own, halves, stream); },
+                                  [&](const Failed& failed) {
+                                    int64_t ranks[2];
+                                    const bool is_bound =
+                                        adalora_allocator_read_sync(found.model().allocator(), nullptr, ranks, nullptr,
+                                                                    nullptr, stream) == ADALORA_SUCCESS;
+                                    EXPECT_NE(is_bound, failed.says("nothing is bound now")) << failed.what;
+                                    EXPECT_TRUE(!is_bound || failed.status != ADALORA_ERROR_INCOMPLETE) << failed.what;
+                                    require(found.model().bind_in(own, everything, stream));
+                                    advance(failed.what);
+                                  });
+  EXPECT_GT(calls, 0);
+}
+
 // Each call of a step on which a mask falls, and of the one that takes the last mask.
 TEST_P(FailuresOf, EachCallOfAStep) {
   const ModelCase c;

@@ -344,12 +344,22 @@ impl Allocator {
         let sizes = self.sizes(slices.len())?;
         let binding = Binding::new(Arc::clone(&self.model), (state, workspace), sizes, slices, hypers)?;
         let mut bound = self.bound.write();
+        let overwrites =
+            |bound: &dyn BoundAllocator| bound.binding().apart("workspace", workspace, sizes.workspace).is_err();
+        let loses_binding = bound.as_deref().is_some_and(overwrites);
         let binding = match bound.as_deref_mut() {
             Some(bound) => bound.rebind(binding, stream)?,
             None => Some(binding),
         };
         if let Some(binding) = binding {
-            *bound = Some(self.context.backend().bind(binding, stream)?);
+            let made = self.context.backend().bind(binding, stream).map_err(|mut e| {
+                if e.code == Code::Incomplete && loses_binding {
+                    *bound = None;
+                    e.message += "; nothing is bound now";
+                }
+                e
+            })?;
+            *bound = Some(made);
         }
         Ok(())
     }
