@@ -182,6 +182,21 @@ def test_streams_that_need_no_order(device):
     assert given.streams == [1]
 
 
+def test_an_error_is_told_once(device):
+    array = device.array(np.zeros(3))
+    array.stream = 0xBAD
+    with pytest.raises(adalora.AdaLoRAError, match=r"^cuda\w+: cudaError\w+ \(\d+\)"):
+        as_values(array, "x", dtype=np.float64, size=3, lease=device.context.memory.lease())
+    assert device.library.cudaGetLastError() == 0
+
+
+def test_folders_may_have_any_name(tmp_path):
+    folder = tmp_path / "of (software) CUDA, new [2]; x"
+    folder.symlink_to(device_arrays.folder(software=True))
+    with adalora.Context("cuda", library_folder=folder) as context:
+        assert f"({folder}/libcudart.so.13)" in context.describe()
+
+
 def test_who_can_make_no_array_gives_all(bare, device):
     adapter = Adapter(bare, 6, 4, init_r=2)
     text = "expected an array on cuda:0, or a context with to_device to make one, found neither"

@@ -17,6 +17,9 @@ import pytest
 import adalora
 from adalora._cuda import _WHEELS
 
+# Where building the C++ tests leaves libraries that answer as CUDA 12 does.
+STUBS = Path(__file__).resolve().parents[2] / "target" / "cpp" / "stub_cuda" / "cuda12"
+
 # Prints what the context or the refusal says, the files of CUDA that the process has then, and what they are.
 REPORT = """
 import ctypes, json, re
@@ -84,6 +87,23 @@ def test_of_pytorch_where_it_is_imported() -> None:
 
 def test_of_wheels_where_nothing_is_loaded() -> None:
     check(report(), wheels())
+
+
+@pytest.mark.parametrize("loaded", ["libcudart.so.12", "libcublas.so.12"])
+def test_of_wheels_what_the_process_lacks(loaded: str, tmp_path: Path) -> None:
+    """CUDA 12's wheels have a folder for each library, and some programs load one of the two alone."""
+    for name, folder in _WHEELS[12].items():
+        if not (STUBS / name).is_file():
+            pytest.skip("no stand-in for CUDA 12 (make test-cpp builds it)")
+        (tmp_path / "nvidia" / folder).mkdir(parents=True)
+        (tmp_path / "nvidia" / folder / name).symlink_to(STUBS / name)
+    (tmp_path / "nvidia" / "__init__.py").touch()
+    place = tmp_path / "nvidia" / _WHEELS[12][loaded] / loaded
+    before = f"import ctypes, sys\nsys.path.insert(0, {str(tmp_path)!r})\nctypes.CDLL({str(place)!r})"
+    kind, text, _, _ = report(before)
+    assert kind == "Context", text
+    for name, folder in _WHEELS[12].items():
+        assert f"({tmp_path / 'nvidia' / folder / name})" in text
 
 
 def test_of_the_folder_that_is_named() -> None:

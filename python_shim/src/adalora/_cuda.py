@@ -32,10 +32,11 @@ class Runtime:
     """
 
     def __init__(self, description: str) -> None:
-        found = re.search(r"[^\s,;()\[\]]*/libcudart\.so[^\s,;()\[\]]*", description)
+        # A path may hold any character.
+        found = re.search(r"libcudart [\d.]+ \((.+)\), libcublas [\d.]+ \(", description)
         if found is None:
             raise BackendUnavailableError(f"description: expected the path of libcudart, found {description!r}")
-        self._library = ctypes.CDLL(found[0])
+        self._library = ctypes.CDLL(found[1])
         self._library.cudaGetErrorName.restype = ctypes.c_char_p
 
     def device_of(self, address: int) -> int | None:
@@ -72,19 +73,27 @@ class Runtime:
     def _call(self, name: str, *arguments: object) -> None:
         status = getattr(self._library, name)(*arguments)
         if status != 0:
+            # The next one in this thread who asks, such as PyTorch, would take it for an error of its own.
+            self._library.cudaGetLastError()
             raise AdaLoRAError(f"{name}: {self._library.cudaGetErrorName(status).decode()} ({status})")
 
 
 def load_wheels() -> None:
-    """Load CUDA's libraries from NVIDIA's wheels, where nobody has loaded any and they are installed.
+    """Load CUDA's libraries from NVIDIA's wheels, where they are installed: those that the process lacks.
 
     The native library takes what is loaded before it looks elsewhere; the wheels' folders are on no search path.
     """
-    if any(_is_loaded(name) for names in _WHEELS.values() for name in names):
+    lacking = {
+        major: {name: folder for name, folder in names.items() if not _is_loaded(name)}
+        for major, names in _WHEELS.items()
+    }
+    if not all(lacking.values()):
         return
+    # Of the version of which the process has one already.
+    begun = [names for major, names in lacking.items() if len(names) < len(_WHEELS[major])]
     spec = importlib.util.find_spec("nvidia")
     for root in (spec and spec.submodule_search_locations) or ():
-        for names in _WHEELS.values():
+        for names in begun or lacking.values():
             files = [Path(root) / folder / name for name, folder in names.items()]
             if all(file.is_file() for file in files):
                 for file in files:
