@@ -309,6 +309,26 @@ def test_safe_merging_changes_nothing_where_a_value_is_not_finite():
     assert layer.merged_adapters == []
 
 
+def test_safe_merging_changes_all_layers_or_none():
+    model = accelerated(peft_model())
+    found = layers(model)
+    before = {path: layer.get_base_layer().weight.detach().clone() for path, layer in found.items()}
+    with torch.no_grad():
+        list(found.values())[-1].lora_A["default"][1, 2] = torch.nan
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+            merge(safe_merge=True)
+        assert layers(model) == found
+        for path, layer in found.items():
+            assert layer.merged_adapters == []
+            assert torch.equal(layer.get_base_layer().weight, before[path]), path
+    with torch.no_grad():
+        list(found.values())[-1].lora_A["default"][1, 2] = 0
+    model.merge_adapter(safe_merge=True)
+    assert all(layer.merged_adapters == ["default"] for layer in found.values())
+    assert not any(torch.equal(layer.get_base_layer().weight, before[path]) for path, layer in found.items())
+
+
 @pytest.mark.parametrize("path", ["conv", "fc1", "fc2"])
 def test_delta_weight_has_pefts_gradient(path):
     theirs_, ours = (layers(model)[f"base_model.model.{path}"] for model in pair())

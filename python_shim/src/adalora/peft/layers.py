@@ -158,6 +158,23 @@ class _Merging(_Adapted):
         if not names:
             return
         weight = self._own_weight()
+        merged = self._merged(weight, names, safe_merge)
+        if not self.merged_adapters:
+            self.register_buffer("_unmerged_weight", weight.detach().clone(), persistent=False)
+        elif not self._is_as_merged(weight):
+            self._forget_backup()
+        weight.data.copy_(merged)
+        self._merged_sum = _sum_of_bits(weight)
+        self.merged_adapters += names
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` would raise with `safe_merge`."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in names if name in self.lora_A and name not in self.merged_adapters]
+        if names:
+            self._merged(self._own_weight(), names, safe_merge=True)
+
+    def _merged(self, weight: Tensor, names: list[str], safe_merge: bool) -> Tensor:
         merged = weight.detach().clone(memory_format=torch.contiguous_format)
         non_finite = torch.zeros(1, dtype=torch.float32, device=weight.device) if safe_merge else None
         for name in names:
@@ -173,13 +190,7 @@ class _Merging(_Adapted):
                 raise InvalidArgumentError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
-        if not self.merged_adapters:
-            self.register_buffer("_unmerged_weight", weight.detach().clone(), persistent=False)
-        elif not self._is_as_merged(weight):
-            self._forget_backup()
-        weight.data.copy_(merged)
-        self._merged_sum = _sum_of_bits(weight)
-        self.merged_adapters += names
+        return merged
 
     @torch.no_grad()
     def unmerge(self) -> None:

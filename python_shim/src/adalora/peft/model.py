@@ -11,14 +11,14 @@ from peft import AdaLoraConfig
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import adalora as theirs
 from peft.tuners.adalora.layer import AdaLoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import get_gptqmodel_quant_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from .allocator import RankAllocator, by_path, check_config
-from .layers import CLASSES, accelerated_class
+from .layers import CLASSES, SVDConv2d, SVDLinear, accelerated_class
 
 
 class AdaLoraModel(theirs.AdaLoraModel):
@@ -168,6 +168,29 @@ class AdaLoraModel(theirs.AdaLoraModel):
         return state_dict
 
     # Layers and adapters
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; with `safe_merge`, into all of them or none."""
+        if safe_merge:
+            self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        for each in self.model.modules():
+            if isinstance(each, SVDLinear | SVDConv2d):
+                with onload_layer(each):
+                    each.check_merge(adapter_names)
 
     def _layers(self, adapter_name: str) -> dict[str, AdaLoraLayer]:
         found = self.model.named_modules()
