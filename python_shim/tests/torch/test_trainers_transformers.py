@@ -399,6 +399,15 @@ def test_a_checkpoint_without_state_is_refused(tmp_path, kind):
         build(AdaLoraCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
+@pytest.mark.filterwarnings("error:.*one call of update_and_allocate")
+def test_a_second_trainer_takes_over(tmp_path):
+    model = adapted(total_step=STEPS)
+    callbacks = AdaLoraCallback(), AdaLoraCallback()
+    for callback in callbacks:
+        made(tmp_path, model, callback).train()
+        assert callback.allocator.standing().last_step == STEPS - 1
+
+
 def test_steps_of_others_are_noticed(tmp_path):
     class Other(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:

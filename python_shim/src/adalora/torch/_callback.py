@@ -62,6 +62,7 @@ class Run:
             )
         self.allocator = own
         own.optimizer_steps.start()
+        own.optimizer_steps.take_over()
         if not own.optimizer_steps.watch(optimizer):
             raise InvalidArgumentError(
                 f"optimizer: expected one that has the parameters of the adapter {adapter_name!r}, found "

@@ -38,6 +38,13 @@ class OptimizerSteps:
         _register_hooks()
         _counting.add(self)
 
+    def take_over(self) -> None:
+        """Let allocators of the same parameters, which earlier runs have left, count no more."""
+        mine = self._mine()
+        for other in list(_counting):
+            if other is not self and not mine.isdisjoint(other._mine()):
+                other.stop()
+
     def stop(self) -> None:
         """Count no more, for an allocator that gives way to another one."""
         _counting.discard(self)
@@ -64,16 +71,18 @@ class OptimizerSteps:
             return True
         if self._others.get(optimizer) == len(optimizer.param_groups):
             return False
-        try:
-            mine = set(self._parameters()())
-        except InvalidStateError:
-            # The adapter was deleted.
-            mine = set()
-        if mine.isdisjoint(_parameters(optimizer)):
+        if self._mine().isdisjoint(_parameters(optimizer)):
             self._others[optimizer] = len(optimizer.param_groups)
             return False
         self._steps[optimizer] = 0
         return True
+
+    def _mine(self) -> set[nn.Parameter]:
+        try:
+            return set(self._parameters()())
+        except InvalidStateError:
+            # The adapter was deleted.
+            return set()
 
     def begin(self, optimizer: Optimizer) -> None:
         """Count a step that begins."""
