@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -318,6 +320,27 @@ def test_penalty_of_half_precision_is_rounded_once(dtype):
 
 
 # Gradients that are missing, moved, laid out otherwise
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_a_captured_step_took_for_gradients_stays(captured, monkeypatch):
+    """A replay writes there again, whatever came in between."""
+    model = network()
+    allocator = RankAllocator(model)
+    steps = iter(batches(4))
+    backward(model, next(steps), skip=True)
+    allocator.update_and_allocate(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(allocator, "is_capturing", lambda: captured)
+        allocator.orthogonality()
+    zeros = [weakref.ref(array) for array in allocator._no_gradients.values()]
+    assert len(zeros) == 3
+    for skip in (False, True, False):
+        model.zero_grad()
+        backward(model, next(steps), skip=skip)
+        allocator.orthogonality()
+        gc.collect()
+        assert all((array() is not None) == captured for array in zeros)
 
 
 def test_an_adapter_without_gradients_has_no_sensitivity():

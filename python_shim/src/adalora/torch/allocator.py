@@ -134,7 +134,8 @@ class RankAllocator:
         # AdamW's, where there is one: moments and the number of the parameter group, for each parameter.
         self.moments: list[tuple[Tensor, Tensor, int]] | None = None
         self.hypers: list[Hyper] = []
-        # Zeros in the place of gradients, for adapters that have none.
+        # Zeros in the place of gradients, for adapters that have none; once a graph was captured they stay, since its
+        # replays write there.
         self._no_gradients: dict[int, Tensor] = {}
         # The state of a run that goes on in other memory, until that is bound.
         self._carried: bytes | None = None
@@ -483,7 +484,8 @@ class RankAllocator:
         if any(g is None for g in grads):
             found = self._fill(params, grads)
         else:
-            self._no_gradients.clear()
+            if not self._captured:
+                self._no_gradients.clear()
             self._note_gradients([True] * len(self.layers))
         if not all(map(Tensor.is_contiguous, grads)):
             for k, p in enumerate(params):
@@ -669,7 +671,8 @@ class RankAllocator:
             present.append(any(g is not None for g in grads[k : k + 3]))
             for i in range(k, k + 3):
                 if present[-1]:
-                    self._no_gradients.pop(i, None)
+                    if not self._captured:
+                        self._no_gradients.pop(i, None)
                     if grads[i] is None:
                         if not params[i].requires_grad:
                             raise InvalidArgumentError(
