@@ -468,6 +468,19 @@ def crossed(**changed) -> Attention:
     return model
 
 
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_backward_between_layers_that_share_an_input(x, retain_graph):
+    model = crossed()
+    layers = model.query, model.key, model.value
+    for layer in layers:
+        layer(x).square().sum().backward(retain_graph=retain_graph)
+    for layer in layers:
+        A, E, B = layer.triplets("default")
+        y = layer.base_layer(x) + (x @ A.T * E.T) @ B.T * layer.scaling("default")
+        for p, expected in zip((A, E, B), torch.autograd.grad(y.square().sum(), [A, E, B]), strict=True):
+            torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_share_no_input_after_all_separate(x, calls):
     model = crossed()
     other = torch.randn(2, 6, 24)

@@ -345,6 +345,7 @@ class _SVDLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h, seeds, *others = ctx.saved_tensors
+        ctx.has_run = True
         call, tokens, regular, scalings = ctx.known
         n = call.n
         weights, params = others[:n], others[n:]

@@ -502,7 +502,8 @@ class SharedInput:
             if state is None or state == self._state(layer, x):
                 if waiting.outputs:
                     self._waiting[thread] = waiting
-                if y is not None:
+                # Of a graph that backward has run through, its values are gone.
+                if y is not None and not (y.requires_grad and getattr(y.grad_fn, "has_run", False)):
                     return y
             elif not (first.training or torch.is_grad_enabled()):
                 self.separate()
