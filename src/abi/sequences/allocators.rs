@@ -183,13 +183,14 @@ impl Allocator {
         if !self.geos.iter().enumerate().all(of) {
             return false;
         }
+        let is_theirs = self.geos.iter().enumerate().all(|(k, g)| shape(k)[0] == g.rank);
         let mut pattern = &bytes[counters_of(n) + 8 * (6 + n)..bytes.len() - 8];
         let keeps_these = self.geos.iter().enumerate().all(|(k, g)| {
             let (own, rest) = pattern.split_at(shape(k)[0] as usize);
             pattern = rest;
-            own.len() as i64 == g.rank || own.iter().filter(|kept| **kept == 1).count() as i64 == g.rank
+            own.iter().filter(|kept| **kept == 1).count() as i64 == g.rank
         });
-        !self.is_compacted() || (number(counters_of(n) + 40) == 3 && keeps_these)
+        !self.is_compacted() || (number(counters_of(n) + 40) == 3 && (is_theirs || keeps_these))
     }
 
     /// The triplets that stay within a budget: highest scores first, then lower numbers.
