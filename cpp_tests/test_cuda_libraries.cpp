@@ -63,13 +63,6 @@ TEST(NamedFolder, MayBeSeveral) {
                {folder("cudart13") + "/libcudart.so.13", folder("cublas13") + "/libcublas.so.13"});
 }
 
-TEST(NamedFolder, TakesTheNewestVersionThatIsWhole) {
-  const std::string whole = folder("cuda12") + ":" + folder("cuda13");
-  expect_words(described(cuda(whole.c_str())), {"libcudart 13.0", "libcublas 13."});
-  const std::string half = folder("cuda12") + ":" + folder("cublas13");
-  expect_words(described(cuda(half.c_str())), {"libcudart 12.4", "libcublas 12."});
-}
-
 TEST(NamedFolder, SaysWhatIsMissing) {
   struct Case {
     const char* folders;
@@ -132,6 +125,18 @@ void in_a_process_with(const std::vector<std::string>& files, const std::functio
   EXPECT_EXIT(run(), testing::ExitedWithCode(0), "");
 }
 
+TEST(NamedFolder, TakesTheNewestVersionThatIsWholeAndServed) {
+  const std::string whole = folder("cuda12") + ":" + folder("cuda13"), half = folder("cuda12") + ":" + folder("cublas13");
+  in_a_process_with({"driver13/libcuda.so.1"}, [&] {
+    expect_words(described(cuda(whole.c_str())), {"libcudart 13.0", "libcublas 13."});
+    expect_words(described(cuda(half.c_str())), {"libcudart 12.4", "libcublas 12."});
+  });
+  in_a_process_with({"driver12/libcuda.so.1"}, [&] {
+    expect_words(described(cuda(whole.c_str())), {"libcudart 12.4", "libcublas 12."});
+    expect_words(described(cuda(folder("cuda13").c_str())), {"libcudart 13.0", "libcublas 13."});
+  });
+}
+
 TEST(LoadedLibraries, AreTaken) {
   in_a_process_with({"cuda12/libcudart.so.12", "cuda12/libcublas.so.12"}, [] {
     expect_words(described(cuda(nullptr)),
@@ -170,6 +175,21 @@ TEST(LoadedLibraries, OfALentHandleAreThoseOfItsVersion) {
     desc.cublas_handle = &desc;
     expect_words(described(desc), {"libcudart 12.4", "libcublas 12."});
   });
+}
+
+TEST(LoadedLibraries, DoNotSayWhichOfTwoMadeALentHandle) {
+  in_a_process_with({"cuda13/libcudart.so.13", "cuda13/libcublas.so.13", "cuda12/libcudart.so.12", "cuda12/libcublas.so.12"},
+                    [] {
+                      adalora_context_desc_t desc = cuda(nullptr);
+                      desc.cublas_handle = &desc;
+                      expect_refused({"two of cuBLAS",
+                                      ADALORA_ERROR_INVALID_ARGUMENT,
+                                      {"desc.cublas_handle", "CUDA 13 and of CUDA 12", "desc.library_folder"}},
+                                     desc);
+                      const std::string place = folder("cuda12");
+                      desc.library_folder = place.c_str();
+                      expect_words(described(desc), {"libcudart 12.4", "libcublas 12."});
+                    });
 }
 
 TEST(LoadedLibraries, HaveTheLentHandle) {

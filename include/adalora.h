@@ -588,11 +588,11 @@ typedef struct adalora_context_desc_t {
   // CUDA: a `cublasHandle_t` of this device, lent by the caller for the context's lifetime, or NULL for our own.
   // Calls that multiply wait for each other, and nobody else may use it meanwhile. Its stream, math mode and pointer
   // mode are left as they were found; a workspace that was set on it cannot be read, and is cuBLAS's own afterwards.
-  // CPU: NULL.
+  // Where the process has cuBLAS of both versions, `library_folder` says which one made it. CPU: NULL.
   void *cublas_handle;
   // CUDA: the folder in which `libcudart` and `libcublas` lie, or several separated by colons; they are taken from
   // there and from nowhere else. NULL: those that the process has loaded already, else those of CUDA 13 or of CUDA
-  // 12 that the loader finds. CPU: NULL.
+  // 12 that the loader finds: the newest that the driver serves. CPU: NULL.
   const char *library_folder;
   // CPU: the caller's threads, or NULL for a pool of the context's own, which starts at the first computation.
   // CUDA: NULL.

@@ -1,4 +1,4 @@
-// A libcudart or libcublas that answers what it is asked for when a context is made, as its definitions say, and ends
+// A libcudart, libcublas or libcuda that answers what it is asked for when a context is made, as its definitions say, and ends
 // the process when it is asked for anything else: what a context's creation finds, and that it takes nothing.
 #include <stdlib.h>
 #include <string.h>
@@ -106,4 +106,11 @@ FORBIDDEN(cublasGemmEx)
 #ifndef WITHOUT_64
 FORBIDDEN(cublasGemmEx_64)
 #endif
+#endif
+
+#ifdef LIBCUDA_VERSION
+int cuDriverGetVersion(int *version) {
+  *version = LIBCUDA_VERSION;
+  return 0;
+}
 #endif

@@ -17,8 +17,8 @@ import pytest
 import adalora
 from adalora._cuda import _WHEELS
 
-# Where building the C++ tests leaves libraries that answer as CUDA 12 does.
-STUBS = Path(__file__).resolve().parents[2] / "target" / "cpp" / "stub_cuda" / "cuda12"
+# Where building the C++ tests leaves libraries that answer as CUDA does, in a folder for each version.
+STUBS = Path(__file__).resolve().parents[2] / "target" / "cpp" / "stub_cuda"
 
 # Prints what the context or the refusal says, the files of CUDA that the process has then, and what they are.
 REPORT = """
@@ -89,21 +89,40 @@ def test_of_wheels_where_nothing_is_loaded() -> None:
     check(report(), wheels())
 
 
+def installed(root: Path, *majors: int) -> str:
+    """Make wheels of such libraries, and say how a program comes to see them alone."""
+    (root / "nvidia").mkdir()
+    (root / "nvidia" / "__init__.py").touch()
+    for major in majors:
+        for name, folder in _WHEELS[major].items():
+            file = STUBS / f"cuda{major}" / name
+            if not file.is_file():
+                pytest.skip("no stand-in for CUDA (make test-cpp builds it)")
+            (root / "nvidia" / folder).mkdir(parents=True, exist_ok=True)
+            (root / "nvidia" / folder / name).symlink_to(file)
+    return f"import ctypes, sys\nsys.path.insert(0, {str(root)!r})\n"
+
+
+def check_wheels(found: tuple[str, str, list[str], list[int]], root: Path, major: int) -> None:
+    kind, text, _, _ = found
+    assert kind == "Context", text
+    for name, folder in _WHEELS[major].items():
+        assert f"({root / 'nvidia' / folder / name})" in text
+
+
 @pytest.mark.parametrize("loaded", ["libcudart.so.12", "libcublas.so.12"])
 def test_of_wheels_what_the_process_lacks(loaded: str, tmp_path: Path) -> None:
     """CUDA 12's wheels have a folder for each library, and some programs load one of the two alone."""
-    for name, folder in _WHEELS[12].items():
-        if not (STUBS / name).is_file():
-            pytest.skip("no stand-in for CUDA 12 (make test-cpp builds it)")
-        (tmp_path / "nvidia" / folder).mkdir(parents=True)
-        (tmp_path / "nvidia" / folder / name).symlink_to(STUBS / name)
-    (tmp_path / "nvidia" / "__init__.py").touch()
+    before = installed(tmp_path, 12, 13)
     place = tmp_path / "nvidia" / _WHEELS[12][loaded] / loaded
-    before = f"import ctypes, sys\nsys.path.insert(0, {str(tmp_path)!r})\nctypes.CDLL({str(place)!r})"
-    kind, text, _, _ = report(before)
-    assert kind == "Context", text
-    for name, folder in _WHEELS[12].items():
-        assert f"({tmp_path / 'nvidia' / folder / name})" in text
+    check_wheels(report(f"{before}ctypes.CDLL({str(place)!r})"), tmp_path, 12)
+
+
+@pytest.mark.parametrize("driver", [12, 13])
+def test_of_wheels_the_newest_that_the_driver_serves(driver: int, tmp_path: Path) -> None:
+    before = installed(tmp_path, 12, 13)
+    place = STUBS / f"driver{driver}" / "libcuda.so.1"
+    check_wheels(report(f"{before}ctypes.CDLL({str(place)!r})"), tmp_path, driver)
 
 
 def test_of_the_folder_that_is_named() -> None:

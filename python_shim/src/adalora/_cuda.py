@@ -85,7 +85,7 @@ def load_wheels() -> None:
     """
     lacking = {
         major: {name: folder for name, folder in names.items() if not _is_loaded(name)}
-        for major, names in _WHEELS.items()
+        for major, names in ((major, _WHEELS[major]) for major in _majors())
     }
     if not all(lacking.values()):
         return
@@ -99,6 +99,16 @@ def load_wheels() -> None:
                 for file in files:
                     ctypes.CDLL(str(file))
                 return
+
+
+def _majors() -> list[int]:
+    """CUDA's versions, the newest first, but before all others those that the driver serves, if it can be asked."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return list(_WHEELS)
+    return sorted(_WHEELS, key=lambda major: major * 1000 > version.value)
 
 
 def _is_loaded(name: str) -> bool:

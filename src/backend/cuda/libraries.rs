@@ -225,6 +225,30 @@ struct Found {
     blas: Library,
 }
 
+/// Versions in the order in which they are looked for: first those that the driver serves, if it can be asked.
+fn majors() -> [u32; 2] {
+    let mut majors = MAJORS;
+    if let Some(driver) = driver_version() {
+        majors.sort_by_key(|major| *major as c_int * 1000 > driver);
+    }
+    majors
+}
+
+/// What the driver says of itself, without being started.
+fn driver_version() -> Option<c_int> {
+    let function = Library::open(OsStr::new("libcuda.so.1"), 0).ok()?.symbol(c"cuDriverGetVersion");
+    if function.is_null() {
+        return None;
+    }
+    let mut version = 0;
+    // SAFETY: the function of that name has this type in every version; one number is written.
+    let code = unsafe {
+        let function = std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_int) -> c_int>(function);
+        function(&raw mut version)
+    };
+    (code == 0).then_some(version)
+}
+
 fn names(major: u32) -> [String; 2] {
     [format!("libcudart.so.{major}"), format!("libcublas.so.{major}")]
 }
@@ -239,7 +263,7 @@ fn find_in(folders: &OsStr) -> Result<Found> {
         .collect();
     let place = |name: &str| folders.iter().map(|f| f.join(name)).find(|p| p.exists());
     let mut tried = Vec::new();
-    for major in MAJORS {
+    for major in majors() {
         let names = names(major);
         match [place(&names[0]), place(&names[1])] {
             [Some(runtime), Some(blas)] => {
@@ -272,17 +296,27 @@ fn find_in(folders: &OsStr) -> Result<Found> {
 /// Those that the process has, or that the loader finds.
 fn find(lent_handle: bool) -> Result<Found> {
     let loaded = |name: &str| Library::open(OsStr::new(name), libc::RTLD_NOLOAD).ok();
-    let mut present: Vec<_> = MAJORS.map(|m| (m, names(m).map(|n| loaded(&n)))).into();
+    let mut present: Vec<_> = majors().map(|m| (m, names(m).map(|n| loaded(&n)))).into();
     // The version of which the process has both, or cuBLAS where a handle of it was lent, or either.
     present.sort_by_key(|(_, [runtime, blas])| {
         std::cmp::Reverse((lent_handle && blas.is_some(), runtime.is_some() && blas.is_some(), runtime.is_some()))
     });
-    if lent_handle && present.iter().all(|(_, [_, blas])| blas.is_none()) {
-        return Err(Error::argument(
-            "desc.cublas_handle",
-            "a handle, and no cuBLAS in this process",
-            "a handle of libcublas.so.13 or libcublas.so.12, loaded as a shared library",
-        ));
+    match present.iter().filter(|(_, [_, blas])| blas.is_some()).count() {
+        0 if lent_handle => {
+            return Err(Error::argument(
+                "desc.cublas_handle",
+                "a handle, and no cuBLAS in this process",
+                "a handle of libcublas.so.13 or libcublas.so.12, loaded as a shared library",
+            ));
+        }
+        2.. if lent_handle => {
+            return Err(Error::argument(
+                "desc.cublas_handle",
+                "a handle, and cuBLAS of CUDA 13 and of CUDA 12 in this process",
+                "desc.library_folder to name the one that made it",
+            ));
+        }
+        _ => {}
     }
     // One version alone where the process has any of it.
     if present.iter().any(|(_, list)| list.iter().any(Option::is_some)) {
