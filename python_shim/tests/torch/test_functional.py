@@ -107,6 +107,14 @@ def test_a_negative_view():
     torch.testing.assert_close(found, reference(x.clone(), Part(y.clone(), A, E, B, 1.0)))
 
 
+def test_a_negative_view_is_no_array_for_native_calls():
+    adapter = adalora.Adapter(adalora.Context(), 4, 3, init_r=2, dtype="float64")
+    w = torch.zeros(3, 4, dtype=torch.complex128).conj().imag
+    assert w.is_neg()
+    with pytest.raises(adalora.InvalidArgumentError, match=r"^w: .* give its resolve_neg\(\)$"):
+        adapter.delta_weight(adapter.new_params(1), w)
+
+
 def test_no_tokens_and_no_rank():
     x = torch.randn(0, 20, requires_grad=True)
     part = Part(torch.randn(0, 6), *triplets(2, 20, 6, torch.float32), scaling=1.0)

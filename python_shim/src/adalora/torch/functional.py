@@ -35,6 +35,11 @@ def _(tensor: Tensor, name: str, lease: Lease) -> View:
         raise InvalidArgumentError(f"{name}: expected a tensor with memory of its own, found {found}")
     if tensor.device.type not in ("cpu", "cuda"):
         raise InvalidArgumentError(f"{name}: expected a tensor of type cpu or cuda, found one on {tensor.device}")
+    if tensor.is_neg():
+        raise InvalidArgumentError(
+            f"{name}: expected a tensor that lies in memory as it is, found one that PyTorch negates as it reads it: "
+            "give its resolve_neg()"
+        )
     device = tensor.device.index if tensor.device.type == "cuda" else None
     lease.check(device, name)
     if device is not None:
