@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import adalora
-from adalora.torch import Part, svd_linear
+from adalora.torch import Part, functional, svd_linear
 from adalora.torch.functional import context
 
 # Type of x and y, of the triplets, and how far results may be from float64's.
@@ -428,6 +428,13 @@ def test_pytorchs_own_threads_do_the_work(library):
     assert int(before) >= 4
     assert after == before
     assert "at most 4 threads of the caller's" in description
+
+
+def test_a_call_has_one_context(monkeypatch):
+    """Threads that come first at the same time may make several."""
+    monkeypatch.setattr(functional, "context", lambda *_: adalora.Context())
+    parts = [Part(torch.zeros(3, 17), *triplets(2, 19, 17, torch.float32), 1.0) for _ in range(2)]
+    assert len(svd_linear(torch.ones(3, 19), parts)) == 2
 
 
 def test_one_context_for_each_device():

@@ -452,6 +452,8 @@ class Call:
         self._shapes = [(geometry[3], geometry[6], geometry[9]) for geometry in geometries]
         self._ranks = [A[0] for A, _, _ in self._shapes]
         self._param_dtypes, self._casts = [], False
+        # One for all, also where two threads make the device's first one at the same time.
+        on = context(self.device, self.threads)
         adapters = []
         for k, (lora_dropout, _, _, A, A_dtype, _, _, E_dtype, _, B, B_dtype, _) in enumerate(geometries):
             dtype = param_dtype(self.dtype, A_dtype, E_dtype, B_dtype)
@@ -459,7 +461,7 @@ class Call:
             self._param_dtypes.append(dtype)
             adapters.append(
                 native_adapter(
-                    context(self.device, self.threads),
+                    on,
                     A[1],
                     B[0],
                     A[0],
