@@ -500,17 +500,12 @@ fn check_share<'a>(raw: &RawCall<'a>, stages: Stages, direction: Direction, toke
         Direction::Backward => stages.expand,
     };
     let dropout = if geometry.dropout > 0.0 && masks { Some(check_dropout(raw, tokens)?) } else { None };
-    Ok(Call {
-        geometry,
-        params,
-        grads,
-        scaling: geometry.scaling_or_own(raw.scaling)?,
-        output: raw.output,
-        h,
-        g,
-        pattern: raw.pattern,
-        dropout,
-    })
+    let scaling = geometry.scaling_or_own(raw.scaling)?;
+    let compute = geometry.compute_dtype();
+    if compute == Dtype::Float32 && !(scaling as f32).is_finite() {
+        return Err(Error::argument("scaling", format_args!("{scaling:e}"), format_args!("a number of {compute}")));
+    }
+    Ok(Call { geometry, params, grads, scaling, output: raw.output, h, g, pattern: raw.pattern, dropout })
 }
 
 fn check_dropout(raw: &RawCall, tokens: usize) -> Result<DropoutPlace> {

@@ -195,6 +195,8 @@ const std::vector<BadCall> bad_passes = {
      [](Call& c) { c.calls[1].params.B.reserved = 2; }},
     {{"scaling that is no number", invalid, {"calls[0].scaling", "NaN"}},
      [](Call& c) { c.calls[0].scaling = std::nan(""); }},
+    {{"scaling beyond the compute type", invalid, {"calls[0].scaling", "-3.5e38", "float32"}},
+     [](Call& c) { c.calls[0].scaling = -3.5e38; }},
     {{"misaligned h", invalid, {"calls[0].h", "multiple of 4"}},
      [](Call& c) { c.calls[0].h = moved(c.calls[0].h, 2); }},
 

@@ -256,7 +256,8 @@ pub struct Call {
     /// Backward: gradients, each of `param_dtype` or of the compute type (float64 for float64, else float32). Forward:
     /// not read.
     pub grads: Triplets,
-    /// Multiplier of the adapter's output; 0: the adapter's own, `(alpha > 0 ? alpha : rank) / (rank + 1e-5)`.
+    /// Multiplier of the adapter's output, a number of the compute type; 0: the adapter's own, `(alpha > 0 ? alpha : rank) /
+    /// (rank + 1e-5)`.
     pub scaling: f64,
     /// Forward: [tokens, out_local]. Holds the base layer's output; the adapter's is added. Backward: not read.
     pub y: Matrix,

@@ -323,7 +323,8 @@ class adalora_call_t(Structure):
         # Backward: gradients, each of `param_dtype` or of the compute type (float64 for float64, else float32).
         # Forward: not read.
         ("grads", adalora_triplets_t),
-        # Multiplier of the adapter's output; 0: the adapter's own, `(alpha > 0 ? alpha : rank) / (rank + 1e-5)`.
+        # Multiplier of the adapter's output, a number of the compute type; 0: the adapter's own, `(alpha > 0 ? alpha :
+        # rank) / (rank + 1e-5)`.
         ("scaling", c_double),
         # Forward: [tokens, out_local]. Holds the base layer's output; the adapter's is added. Backward: not read.
         ("y", adalora_matrix_t),
