@@ -192,6 +192,19 @@ TEST(LoadedLibraries, DoNotSayWhichOfTwoMadeALentHandle) {
                     });
 }
 
+TEST(LoadedLibraries, OfALentHandleAreNoOthersThatAFolderHas) {
+  in_a_process_with({"cuda12/libcudart.so.12", "cuda12/libcublas.so.12"}, [] {
+    const std::string other = folder("cuda13"), both = other + ":" + folder("cuda12");
+    adalora_context_desc_t desc = cuda(other.c_str());
+    desc.cublas_handle = &desc;
+    expect_refused({"another", ADALORA_ERROR_INVALID_ARGUMENT,
+                    {"desc.cublas_handle", other + "/libcublas.so.13", "has not loaded"}},
+                   desc);
+    desc.library_folder = both.c_str();
+    expect_words(described(desc), {"libcudart 12.4", "libcublas 12."});
+  });
+}
+
 TEST(LoadedLibraries, HaveTheLentHandle) {
   in_a_process_with({}, [] {
     adalora_context_desc_t desc = cuda(nullptr);

@@ -254,7 +254,7 @@ fn names(major: u32) -> [String; 2] {
 }
 
 /// In the folders that the caller named, and nowhere else.
-fn find_in(folders: &OsStr) -> Result<Found> {
+fn find_in(folders: &OsStr, lent_handle: bool) -> Result<Found> {
     let folders: Vec<&Path> = folders
         .as_bytes()
         .split(|b| *b == b':')
@@ -262,10 +262,15 @@ fn find_in(folders: &OsStr) -> Result<Found> {
         .map(|f| Path::new(OsStr::from_bytes(f)))
         .collect();
     let place = |name: &str| folders.iter().map(|f| f.join(name)).find(|p| p.exists());
+    // The one that made a handle is loaded.
+    let serves =
+        |blas: &Path| !lent_handle || Library::open(blas.as_os_str(), libc::RTLD_NOLOAD).map(Library::close).is_ok();
     let mut tried = Vec::new();
+    let mut foreign = None;
     for major in majors() {
         let names = names(major);
         match [place(&names[0]), place(&names[1])] {
+            [Some(_), Some(blas)] if !serves(&blas) => foreign = foreign.or(Some(blas)),
             [Some(runtime), Some(blas)] => {
                 let open = |path: &Path| {
                     Library::open(path.as_os_str(), 0)
@@ -284,6 +289,13 @@ fn find_in(folders: &OsStr) -> Result<Found> {
                 }));
             }
         }
+    }
+    if let Some(blas) = foreign {
+        return Err(Error::argument(
+            "desc.cublas_handle",
+            format_args!("a handle, and {}, which the process has not loaded", blas.display()),
+            "desc.library_folder to name the cuBLAS that made it",
+        ));
     }
     let folders: Vec<_> = folders.iter().map(|f| f.to_string_lossy()).collect();
     Err(unavailable(format!(
@@ -363,7 +375,7 @@ impl Libraries {
     /// Finds the libraries, all of their functions, a driver and a device.
     pub(super) fn load(folders: Option<&OsStr>, lent_handle: bool) -> Result<Self> {
         let found = match folders {
-            Some(folders) => find_in(folders)?,
+            Some(folders) => find_in(folders, lent_handle)?,
             None => find(lent_handle)?,
         };
         let runtime = Runtime::load(|name| found.runtime.symbol(name)).map_err(|m| found.runtime.lacks(&m))?;
