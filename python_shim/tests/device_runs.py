@@ -166,6 +166,17 @@ def test_an_arrays_stream_comes_first(device, use):
         np.testing.assert_allclose(np.asarray(y), want, rtol=1e-10, atol=1e-10)
 
 
+def test_the_order_of_streams_leaves_the_current_context(device):
+    if not hasattr(device.library, "software_cuda_calls_of"):
+        pytest.skip("CUDA does not tell what was called")
+    device.library.software_cuda_calls_of.restype = ctypes.c_int64
+    array, lease = device.array(np.zeros(3)), device.context.memory.lease(device.stream())
+    array.stream = device.stream()
+    before = device.library.software_cuda_calls_of(b"cudaSetDevice")
+    as_values(array, "x", dtype=np.float64, size=3, lease=lease)
+    assert device.library.software_cuda_calls_of(b"cudaSetDevice") == before
+
+
 def test_streams_that_need_no_order(device):
     lease = device.context.memory.lease(device.stream())
     array = device.empty((3,), np.float64)

@@ -64,6 +64,10 @@ class Runtime:
     def _current(self, device: int) -> Iterator[None]:
         before = ctypes.c_int()
         self._call("cudaGetDevice", ctypes.byref(before))
+        if before.value == device:
+            # To set it would make its primary context current in place of any other.
+            yield
+            return
         self._call("cudaSetDevice", ctypes.c_int(device))
         try:
             yield
