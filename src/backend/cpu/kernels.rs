@@ -105,6 +105,10 @@ unsafe fn dot_with<V: Vector, S: Memory<V::Element>, const M: usize, const N: us
             dot_rows::<V, S, M, N>((n, length), x.from(i), p, out.from(i));
         }
         let mut i = m - m % M;
+        if M > 4 && i + 4 <= m {
+            dot_rows::<V, S, 4, N>((n, length), x.from(i), p, out.from(i));
+            i += 4;
+        }
         while i + 2 <= m {
             dot_rows::<V, S, 2, N>((n, length), x.from(i), p, out.from(i));
             i += 2;
@@ -155,29 +159,35 @@ unsafe fn dot_tile<V: Vector, S: Memory<V::Element>, const M: usize, const N: us
     p: Rows<V::Element>,
     out: Rows<V::Element>,
 ) {
-    let mut sums = [[V::splat(V::Element::default()); N]; M];
+    let mut sums = [zeros::<V, N>(); M];
     // SAFETY: `length` elements of each of the rows; sums of M rows and N columns.
     unsafe {
         let whole = length - length % V::LANES;
         for k in (0..whole).step_by(V::LANES) {
-            let factors: [V; N] = std::array::from_fn(|j| V::load(p.data.add(j * p.stride + k)));
+            let mut factors = zeros::<V, N>();
+            for (j, factor) in factors.iter_mut().enumerate() {
+                *factor = V::load(p.data.add(j * p.stride + k));
+            }
             for (i, row) in sums.iter_mut().enumerate() {
                 if PREFETCH {
                     V::prefetch(x.data.wrapping_add((M + i) * x.stride + k));
                 }
                 let value: V = S::load(x.data.add(i * x.stride + k));
-                for (sum, factor) in row.iter_mut().zip(factors) {
-                    *sum = value.mul_add(factor, *sum);
+                for (sum, factor) in row.iter_mut().zip(&factors) {
+                    *sum = value.mul_add(*factor, *sum);
                 }
             }
         }
         if whole < length {
             let rest = length - whole;
-            let factors: [V; N] = std::array::from_fn(|j| V::load_part(p.data.add(j * p.stride + whole), rest));
+            let mut factors = zeros::<V, N>();
+            for (j, factor) in factors.iter_mut().enumerate() {
+                *factor = V::load_part(p.data.add(j * p.stride + whole), rest);
+            }
             for (i, row) in sums.iter_mut().enumerate() {
                 let value: V = S::load_part(x.data.add(i * x.stride + whole), rest);
-                for (sum, factor) in row.iter_mut().zip(factors) {
-                    *sum = value.mul_add(factor, *sum);
+                for (sum, factor) in row.iter_mut().zip(&factors) {
+                    *sum = value.mul_add(*factor, *sum);
                 }
             }
         }
@@ -186,7 +196,9 @@ unsafe fn dot_tile<V: Vector, S: Memory<V::Element>, const M: usize, const N: us
             if let Ok(four) = <[V; 4]>::try_from(row.as_slice()) {
                 to.cast::<[V::Element; 4]>().write_unaligned(V::sums(four));
             } else {
-                row.iter().enumerate().for_each(|(j, sum)| *to.add(j) = sum.sum());
+                for (j, sum) in row.iter().enumerate() {
+                    *to.add(j) = sum.sum();
+                }
             }
         }
     }
@@ -332,24 +344,42 @@ unsafe fn accumulate_narrow<V: Vector, P: Memory<V::Element>, O: Memory<V::Eleme
     if length == 0 {
         return;
     }
+    // SAFETY: as this function asks.
+    unsafe {
+        // Where what lies side by side is known, each tile's addresses need one register.
+        if c.row == 1 {
+            narrow_rows::<V, P, O, 12, BEGIN>((m, depth, length), Coefficients { row: 1, ..c }, p, out);
+        } else if c.column == 1 {
+            narrow_rows::<V, P, O, 8, BEGIN>((m, depth, length), Coefficients { column: 1, ..c }, p, out);
+        } else {
+            narrow_rows::<V, P, O, 8, BEGIN>((m, depth, length), c, p, out);
+        }
+    }
+}
+
+/// # Safety
+/// As [`accumulate`], for at most as many columns as a vector has lanes.
+#[inline(always)]
+unsafe fn narrow_rows<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, const M: usize, const BEGIN: bool>(
+    (m, depth, length): (usize, usize, usize),
+    c: Coefficients<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
+) {
     let mut i = 0;
     while i < m {
         let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
         // SAFETY: as this function asks.
         unsafe {
-            i += match m - i {
-                12.. => {
-                    accumulate_tile::<V, P, O, 12, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
-                    12
-                }
-                4.. => {
-                    accumulate_tile::<V, P, O, 4, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
-                    4
-                }
-                _ => {
-                    accumulate_tile::<V, P, O, 1, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
-                    1
-                }
+            i += if m - i >= M {
+                accumulate_tile::<V, P, O, M, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                M
+            } else if m - i >= 4 {
+                accumulate_tile::<V, P, O, 4, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                4
+            } else {
+                accumulate_tile::<V, P, O, 1, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                1
             };
         }
     }
@@ -443,37 +473,51 @@ unsafe fn accumulate_tile<
 ) {
     // SAFETY: M rows of W vectors of the output, and of p for each k.
     unsafe {
-        let mut sums = [[V::splat(V::Element::default()); W]; M];
+        let mut sums = [zeros::<V, W>(); M];
         if !BEGIN {
-            sums = std::array::from_fn(|i| {
-                std::array::from_fn(|v| load::<V, O, W, PART>(out.data.add(i * out.stride), v, last))
-            });
+            for (i, row) in sums.iter_mut().enumerate() {
+                for (v, sum) in row.iter_mut().enumerate() {
+                    *sum = load::<V, O, W, PART>(out.data.add(i * out.stride), v, last);
+                }
+            }
         }
         if PREFETCH != NOTHING {
             let next = if PREFETCH == NEXT_ROWS { M * out.stride } else { W * V::LANES };
             for i in 0..M {
-                (0..W).for_each(|v| V::prefetch(out.data.wrapping_add(next + i * out.stride + v * V::LANES)));
-            }
-        }
-        for k in 0..depth {
-            let values: [V; W] = std::array::from_fn(|v| load::<V, P, W, PART>(p.data.add(k * p.stride), v, last));
-            if PREFETCH == NEXT_INPUT {
-                (0..W).for_each(|v| V::prefetch(p.data.wrapping_add(k * p.stride + (W + v) * V::LANES)));
-            }
-            for (i, row) in sums.iter_mut().enumerate() {
-                let factor = V::splat(*c.data.add(i * c.row + k * c.column));
-                for (sum, value) in row.iter_mut().zip(values) {
-                    *sum = factor.mul_add(value, *sum);
+                for v in 0..W {
+                    V::prefetch(out.data.wrapping_add(next + i * out.stride + v * V::LANES));
                 }
             }
         }
-        for (i, row) in sums.into_iter().enumerate() {
-            for (v, sum) in row.into_iter().enumerate() {
+        for k in 0..depth {
+            let mut values = zeros::<V, W>();
+            for (v, value) in values.iter_mut().enumerate() {
+                *value = load::<V, P, W, PART>(p.data.add(k * p.stride), v, last);
+                if PREFETCH == NEXT_INPUT {
+                    V::prefetch(p.data.wrapping_add(k * p.stride + (W + v) * V::LANES));
+                }
+            }
+            for (i, row) in sums.iter_mut().enumerate() {
+                let factor = V::splat(*c.data.add(i * c.row + k * c.column));
+                for (sum, value) in row.iter_mut().zip(&values) {
+                    *sum = factor.mul_add(*value, *sum);
+                }
+            }
+        }
+        for (i, row) in sums.iter().enumerate() {
+            for (v, sum) in row.iter().enumerate() {
                 let to = out.data.add(i * out.stride + v * V::LANES);
-                if PART && v == W - 1 { O::store_part(sum, to, last) } else { O::store(sum, to) }
+                if PART && v == W - 1 { O::store_part(*sum, to, last) } else { O::store(*sum, to) }
             }
         }
     }
+}
+
+/// Vectors that a loop fills: what fills an array from a closure, the compiler does not always inline, and the call takes
+/// every vector through memory.
+#[inline(always)]
+fn zeros<V: Vector, const N: usize>() -> [V; N] {
+    [V::splat(V::Element::default()); N]
 }
 
 /// Vector v of W of a row, of which the last may have `last` columns alone.

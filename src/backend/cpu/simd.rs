@@ -193,7 +193,8 @@ pub(super) trait Vector: Copy {
     /// The sums of four vectors, each as [`Vector::sum`] has it: what stands beside a number changes no bit of it.
     #[inline(always)]
     fn sums(vectors: [Self; 4]) -> [Self::Element; 4] {
-        vectors.map(Self::sum)
+        let [a, b, c, d] = vectors;
+        [a.sum(), b.sum(), c.sum(), d.sum()]
     }
 }
 
@@ -209,7 +210,9 @@ unsafe fn widened<V: Vector, S: Copy>(from: *const S, n: usize, value: impl Fn(S
     let mut lanes = [V::Element::default(); MOST_LANES];
     // SAFETY: as this function asks.
     unsafe {
-        (0..n).for_each(|i| lanes[i] = V::Element::from_f64(value(*from.add(i))));
+        for (i, lane) in lanes.iter_mut().enumerate().take(n) {
+            *lane = V::Element::from_f64(value(*from.add(i)));
+        }
         V::load(lanes.as_ptr())
     }
 }
@@ -224,7 +227,9 @@ unsafe fn narrowed<V: Vector, S>(vector: V, to: *mut S, n: usize, rounded: impl 
     // SAFETY: as this function asks.
     unsafe {
         vector.store(lanes.as_mut_ptr());
-        (0..n).for_each(|i| to.add(i).write(rounded(Into::<f64>::into(lanes[i]) as f32)));
+        for (i, lane) in lanes.iter().enumerate().take(n) {
+            to.add(i).write(rounded(Into::<f64>::into(*lane) as f32));
+        }
     }
 }
 
@@ -368,7 +373,11 @@ impl<T: Real, const N: usize> Vector for Lanes<T, N> {
     #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
         // Two roundings: a fused operation would be a function call where the processor has none.
-        Self(std::array::from_fn(|i| self.0[i] * factor.0[i] + addend.0[i]))
+        let mut lanes = addend.0;
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            *lane = self.0[i] * factor.0[i] + *lane;
+        }
+        Self(lanes)
     }
 
     #[inline(always)]
@@ -394,7 +403,7 @@ mod x86 {
     /// Implements a vector by intrinsics; `$sum` adds its lanes.
     macro_rules! vector {
         ($name:ident($register:ty) of $lanes:literal $element:ty:
-            $splat:ident, $load:ident, $store:ident, $load_part:ident, $store_part:ident, $mul_add:ident, $sum:ident, $sums:expr
+            $splat:ident, $load:ident, $store:ident, $load_part:ident, $store_part:ident, $mul_add:ident, $sum:ident, $sums:ident
             $(, $load_bf16:ident, $store_bf16:ident, $load_f16:ident, $store_f16:ident)?) => {
             #[derive(Clone, Copy)]
             pub struct $name($register);
@@ -456,7 +465,10 @@ mod x86 {
                 #[inline(always)]
                 fn sums(vectors: [Self; 4]) -> [$element; 4] {
                     // SAFETY: see above.
-                    unsafe { $sums(vectors.map(|v| v.0)) }
+                    unsafe {
+                        let [a, b, c, d] = vectors;
+                        $sums([a.0, b.0, c.0, d.0])
+                    }
                 }
 
                 $(
@@ -491,11 +503,11 @@ mod x86 {
     vector!(F32x8(__m256) of 8 f32: _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, load_f32x8, store_f32x8,
         _mm256_fmadd_ps, sum_f32x8, sums_f32x8, load_bf16x8, store_bf16x8, load_f16x8, store_f16x8);
     vector!(F64x4(__m256d) of 4 f64: _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, load_f64x4, store_f64x4,
-        _mm256_fmadd_pd, sum_f64x4, |v: [__m256d; 4]| v.map(|v| sum_f64x4(v)));
+        _mm256_fmadd_pd, sum_f64x4, sums_f64x4);
     vector!(F32x16(__m512) of 16 f32: _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, load_f32x16, store_f32x16,
         _mm512_fmadd_ps, sum_f32x16, sums_f32x16, load_bf16x16, store_bf16x16, load_f16x16, store_f16x16);
     vector!(F64x8(__m512d) of 8 f64: _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, load_f64x8, store_f64x8,
-        _mm512_fmadd_pd, sum_f64x8, |v: [__m512d; 4]| v.map(|v| sum_f64x8(v)));
+        _mm512_fmadd_pd, sum_f64x8, sums_f64x8);
 
     /// # Safety
     /// The processor has AVX2; 8 elements can be read.
@@ -609,10 +621,12 @@ mod x86 {
     part!(load_f32x16, store_f32x16 of f32 as __m512: _mm512_maskz_loadu_ps, _mm512_mask_storeu_ps, first_of_16_bits);
     part!(load_f64x8, store_f64x8 of f64 as __m512d: _mm512_maskz_loadu_pd, _mm512_mask_storeu_pd, first_of_8_bits);
 
+    #[inline(always)]
     fn first_of_16_bits(n: usize) -> __mmask16 {
         (0xffff_u32 >> (16 - n)) as __mmask16
     }
 
+    #[inline(always)]
     fn first_of_8_bits(n: usize) -> __mmask8 {
         (0xff_u32 >> (8 - n)) as __mmask8
     }
@@ -673,12 +687,17 @@ mod x86 {
     /// # Safety
     /// The processor has AVX-512 DQ.
     #[inline(always)]
-    unsafe fn sums_f32x16(vectors: [__m512; 4]) -> [f32; 4] {
+    unsafe fn sums_f32x16([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
         // SAFETY: as this function asks.
-        unsafe {
-            let halves = vectors.map(|v| _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
-            sums_f32x8(halves)
-        }
+        unsafe { sums_f32x8([halves_f32x16(a), halves_f32x16(b), halves_f32x16(c), halves_f32x16(d)]) }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 DQ.
+    #[inline(always)]
+    unsafe fn halves_f32x16(v: __m512) -> __m256 {
+        // SAFETY: as this function asks.
+        unsafe { _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)) }
     }
 
     /// # Safety
@@ -697,7 +716,7 @@ mod x86 {
     #[inline(always)]
     unsafe fn sum_f32x16(v: __m512) -> f32 {
         // SAFETY: as this function asks.
-        unsafe { sum_f32x8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))) }
+        unsafe { sum_f32x8(halves_f32x16(v)) }
     }
 
     /// # Safety
@@ -706,5 +725,21 @@ mod x86 {
     unsafe fn sum_f64x8(v: __m512d) -> f64 {
         // SAFETY: as this function asks.
         unsafe { sum_f64x4(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1))) }
+    }
+
+    /// # Safety
+    /// The processor has AVX2.
+    #[inline(always)]
+    unsafe fn sums_f64x4([a, b, c, d]: [__m256d; 4]) -> [f64; 4] {
+        // SAFETY: as this function asks.
+        unsafe { [sum_f64x4(a), sum_f64x4(b), sum_f64x4(c), sum_f64x4(d)] }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 F.
+    #[inline(always)]
+    unsafe fn sums_f64x8([a, b, c, d]: [__m512d; 4]) -> [f64; 4] {
+        // SAFETY: as this function asks.
+        unsafe { [sum_f64x8(a), sum_f64x8(b), sum_f64x8(c), sum_f64x8(d)] }
     }
 }
