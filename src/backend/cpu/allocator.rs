@@ -36,11 +36,10 @@ struct Layout {
     order: usize,
     /// Sums of squares, a chunk each.
     squares: usize,
-    gram: usize,
     /// Distances of the factors' Gram matrices from the identity.
     norms: usize,
-    /// From here on, a worker each: a panel of P, one of the gradient, a product of two panels, and what P is multiplied
-    /// by to give the penalty's gradient.
+    /// From here on, a worker each: a panel of P, one of the gradient, a product of two panels, a Gram matrix, and what P
+    /// is multiplied by to give the penalty's gradient.
     scratch: usize,
     scratch_bytes: usize,
     bytes: usize,
@@ -58,19 +57,17 @@ impl Layout {
             g.rank.checked_mul(g.input.whole.checked_add(g.output.whole)?.checked_add(1)?)?.checked_add(sum)
         })?;
         let rank = model.geometries.iter().map(|g| g.rank).max().unwrap_or(0);
-        let gram = model.gram_offsets[model.geometries.len()];
         let scores = take(model.triplets())?;
         let order = take(model.triplets())?;
         let squares = take((elements / CHUNK).checked_add(n_slices)?)?;
-        let gram_begin = take(gram)?;
         let norms = take(model.geometries.len().checked_mul(2)?)?;
         let scratch = take(0)?;
         let square = rank.checked_mul(rank)?;
-        take(rank.checked_mul(PANEL)?.checked_add(square)?.checked_mul(2)?)?;
+        take(rank.checked_mul(PANEL)?.checked_add(square)?.checked_mul(2)?.checked_add(square)?)?;
         let scratch_bytes = next - scratch;
         let bytes = scratch_bytes.checked_mul(threads)?.checked_add(scratch)?;
         isize::try_from(bytes).ok()?;
-        Some(Self { scores, order, squares, gram: gram_begin, norms, scratch, scratch_bytes, bytes })
+        Some(Self { scores, order, squares, norms, scratch, scratch_bytes, bytes })
     }
 }
 
@@ -96,6 +93,8 @@ struct Scratch<T> {
     g: *mut T,
     /// rank times rank.
     product: Rows<T>,
+    /// rank times rank.
+    gram: *mut f64,
     /// rank times rank.
     coefficients: *mut f64,
 }
@@ -333,7 +332,7 @@ impl CpuAllocator {
         let panels = self.binding.panels()?;
         self.host.team.run(self.factors.len(), self.parallel, "gram is", |i, worker| {
             // SAFETY: the buffer has room for all Gram matrices; each is one task's.
-            unsafe { self.write_gram_of(i, &panels[self.factors[i].clone()], to, worker) };
+            unsafe { self.write_gram_of(i, &panels[self.factors[i].clone()], self.gram_at(i, to), worker) };
         })
     }
 
@@ -346,9 +345,9 @@ impl CpuAllocator {
 
     /// # Safety
     /// The factor's Gram matrix is this task's, and the scratch the worker's.
-    unsafe fn write_gram_of(&self, factor: usize, panels: &[Panel], grams: Address, worker: usize) {
+    unsafe fn write_gram_of(&self, factor: usize, panels: &[Panel], gram: *mut f64, worker: usize) {
         let geometry = &self.binding.model.geometries[factor / 2];
-        let (rank, gram) = (geometry.rank, self.gram_at(factor, grams));
+        let rank = geometry.rank;
         // SAFETY: rank times rank elements.
         unsafe {
             gram.write_bytes(0, rank * rank);
@@ -372,7 +371,8 @@ impl CpuAllocator {
             p: pointer(begin),
             g: pointer(after(panel)),
             product: Rows::new(pointer(after(2 * panel)), rank),
-            coefficients: pointer(after(2 * panel + rank * rank)),
+            gram: pointer(after(2 * panel + rank * rank)),
+            coefficients: pointer(after(2 * panel + 2 * rank * rank)),
         }
     }
 
@@ -414,12 +414,19 @@ impl CpuAllocator {
     ///
     /// # Safety
     /// The factor's gradients are this task's, and the scratch the worker's.
-    unsafe fn add_penalty_of(&self, factor: usize, panels: &[Panel], grams: Address, scale: f64, worker: usize) -> f64 {
+    unsafe fn add_penalty_of(
+        &self,
+        factor: usize,
+        panels: &[Panel],
+        gram: *const f64,
+        scale: f64,
+        worker: usize,
+    ) -> f64 {
         let geometry = &self.binding.model.geometries[factor / 2];
         let (rank, square) = (geometry.rank, geometry.rank * geometry.rank);
         // SAFETY: rank times rank elements of both.
         unsafe {
-            let gram = std::slice::from_raw_parts(self.gram_at(factor, grams).cast_const(), square);
+            let gram = std::slice::from_raw_parts(gram, square);
             let coefficients = self.scratch::<f64>(worker, rank).coefficients;
             let norm = penalty(gram, rank, scale, std::slice::from_raw_parts_mut(coefficients, square));
             for panel in panels {
@@ -535,7 +542,6 @@ impl BoundAllocator for CpuAllocator {
         _: Stream,
     ) -> Result<()> {
         let adapters = self.binding.model.geometries.len();
-        let grams = gram.unwrap_or_else(|| self.at(self.layout.gram));
         let norms = self.at(self.layout.norms);
         // SAFETY: a checked address of one f64.
         let factor = factor.map_or(1.0, |f| unsafe { *pointer::<f64>(f) });
@@ -545,10 +551,15 @@ impl BoundAllocator for CpuAllocator {
             let panels = &panels[self.factors[i].clone()];
             // SAFETY: each factor's gradients, Gram matrix and norm are one task's; the scratch is the worker's.
             unsafe {
-                if gram.is_none() {
-                    self.write_gram_of(i, panels, grams, worker);
-                }
-                *pointer::<f64>(norms).add(i) = self.add_penalty_of(i, panels, grams, share * factor, worker);
+                let gram = if let Some(grams) = gram {
+                    self.gram_at(i, grams)
+                } else {
+                    // Not far from the worker, as all of them together would be.
+                    let own = self.scratch::<f64>(worker, self.binding.model.geometries[i / 2].rank).gram;
+                    self.write_gram_of(i, panels, own, worker);
+                    own
+                };
+                *pointer::<f64>(norms).add(i) = self.add_penalty_of(i, panels, gram, share * factor, worker);
             }
         })?;
         // SAFETY: a norm for each factor.
