@@ -3,7 +3,7 @@
 //! Work is cut into pieces that depend on the shapes alone, and what is summed over pieces is summed in order.
 
 use super::Host;
-use super::element::{is_own, load, pointer, store, write};
+use super::element::{load, pointer, store, write};
 use super::kernels::{Coefficients, Order, Rows, Sums, accumulate, dot};
 use super::simd::{Isa, Real};
 use super::update::{Update, sum_of_squares};
@@ -99,6 +99,20 @@ struct Scratch<T> {
     coefficients: *mut f64,
 }
 
+/// Where an array's share of a panel begins, and how many elements its rows are apart: A's rows, or those of B.
+#[derive(Clone, Copy)]
+struct Place {
+    begin: Address,
+    apart: usize,
+}
+
+/// Where a panel's P and its gradient lie; None: not at equal distances, or not of the type that they are computed in.
+#[derive(Clone, Copy)]
+struct Places {
+    p: Option<Place>,
+    g: Option<Place>,
+}
+
 struct CpuAllocator {
     host: Arc<Host>,
     binding: Binding,
@@ -106,6 +120,8 @@ struct CpuAllocator {
     chunks: Vec<Chunk>,
     /// The panels of each adapter's A, then of its B.
     factors: Vec<Range<usize>>,
+    /// One for each panel.
+    places: Vec<Places>,
     /// First slice of each adapter, and one past the last.
     first_slice: Vec<usize>,
     /// Whether there is enough to do for several threads.
@@ -136,11 +152,26 @@ pub(super) unsafe fn bind(host: Arc<Host>, binding: Binding) -> Result<Box<dyn B
             factors.push(begin..end((adapter, factor)));
         }
     }
+    let mut places = reserve(panels.len(), "panels")?;
+    for panel in panels {
+        let dtype = model.geometries[panel.adapter].compute_dtype();
+        let place = |array: fn(&Slice) -> (Address, Dtype)| {
+            let (slice, first) = *panel.rows.first()?;
+            let (base, stored) = array(&binding.slices[slice]);
+            let apart = match panel.factor {
+                Factor::B => model.geometries[panel.adapter].rank,
+                _ => panel.rows.get(1).map_or(panel.columns, |row| row.1.saturating_sub(first)),
+            };
+            let regular = panel.rows.iter().enumerate().all(|(i, row)| *row == (slice, first + i * apart));
+            (regular && stored == dtype).then(|| Place { begin: base.offset(first * dtype.size()), apart })
+        };
+        places.push(Places { p: place(|s| s.p), g: place(|s| s.g) });
+    }
     let adapters = model.geometries.len();
     let mut first_slice = reserve(adapters + 1, "adapters")?;
     first_slice.extend((0..=adapters).map(|a| binding.slices.partition_point(|s| s.adapter < a)));
     let parallel = binding.slices.iter().map(Slice::len).sum::<usize>() > SERIAL_ELEMENTS;
-    let mut allocator = CpuAllocator { host, binding, layout, chunks, factors, first_slice, parallel };
+    let mut allocator = CpuAllocator { host, binding, layout, chunks, factors, places, first_slice, parallel };
     allocator.begin()?;
     Ok(Box::new(allocator))
 }
@@ -332,7 +363,7 @@ impl CpuAllocator {
         let panels = self.binding.panels()?;
         self.host.team.run(self.factors.len(), self.parallel, "gram is", |i, worker| {
             // SAFETY: the buffer has room for all Gram matrices; each is one task's.
-            unsafe { self.write_gram_of(i, &panels[self.factors[i].clone()], self.gram_at(i, to), worker) };
+            unsafe { self.write_gram_of(i, panels, self.gram_at(i, to), worker) };
         })
     }
 
@@ -351,8 +382,10 @@ impl CpuAllocator {
         // SAFETY: rank times rank elements.
         unsafe {
             gram.write_bytes(0, rank * rank);
-            for panel in panels.iter().filter(|p| !p.replica) {
+            for i in self.factors[factor].clone() {
+                let panel = (&panels[i], self.places[i].p);
                 match geometry.compute_dtype() {
+                    _ if panel.0.replica => {}
                     Dtype::Float64 => self.add_gram::<f64>(panel, rank, gram, &self.scratch(worker, rank)),
                     _ => self.add_gram::<f32>(panel, rank, gram, &self.scratch(worker, rank)),
                 }
@@ -380,13 +413,19 @@ impl CpuAllocator {
     ///
     /// # Safety
     /// The panel was checked; matrix and scratch are this task's.
-    unsafe fn add_gram<T: Real>(&self, panel: &Panel, rank: usize, gram: *mut f64, scratch: &Scratch<T>) {
+    unsafe fn add_gram<T: Real>(
+        &self,
+        (panel, place): (&Panel, Option<Place>),
+        rank: usize,
+        gram: *mut f64,
+        scratch: &Scratch<T>,
+    ) {
         let (isa, product) = (self.host.isa, scratch.product);
         for begin in (0..panel.columns).step_by(PANEL) {
             let n = PANEL.min(panel.columns - begin);
             // SAFETY: the panel's elements; the product has rank times rank.
             unsafe {
-                let p = self.rows_of(panel, rank, (begin, n), |s| s.p, scratch.p);
+                let p = self.rows_of((panel, place), rank, (begin, n), |s| s.p, scratch.p);
                 // Little more than the triangle, in as many rows as the kernels take together.
                 let together = if panel.factor == Factor::A { 4 } else { 12 };
                 for row in (0..rank).step_by(together) {
@@ -429,7 +468,8 @@ impl CpuAllocator {
             let gram = std::slice::from_raw_parts(gram, square);
             let coefficients = self.scratch::<f64>(worker, rank).coefficients;
             let norm = penalty(gram, rank, scale, std::slice::from_raw_parts_mut(coefficients, square));
-            for panel in panels {
+            for i in self.factors[factor].clone() {
+                let panel = (&panels[i], self.places[i]);
                 match geometry.compute_dtype() {
                     Dtype::Float64 => self.add_penalty::<f64>(panel, rank, &self.scratch(worker, rank)),
                     _ => self.add_penalty::<f32>(panel, rank, &self.scratch(worker, rank)),
@@ -443,15 +483,15 @@ impl CpuAllocator {
     ///
     /// # Safety
     /// The panel was checked; its gradients and the scratch are this task's.
-    unsafe fn add_penalty<T: Real>(&self, panel: &Panel, rank: usize, scratch: &Scratch<T>) {
+    unsafe fn add_penalty<T: Real>(&self, (panel, places): (&Panel, Places), rank: usize, scratch: &Scratch<T>) {
         let (isa, c) = (self.host.isa, scratch.product);
         // SAFETY: rank times rank coefficients; the panel's elements.
         unsafe {
             (0..rank * rank).for_each(|i| *c.data.add(i) = T::from_f64(*scratch.coefficients.add(i)));
             for begin in (0..panel.columns).step_by(PANEL) {
                 let n = PANEL.min(panel.columns - begin);
-                let p = self.rows_of(panel, rank, (begin, n), |s| s.p, scratch.p);
-                let g = self.rows_of(panel, rank, (begin, n), |s| s.g, scratch.g);
+                let p = self.rows_of((panel, places.p), rank, (begin, n), |s| s.p, scratch.p);
+                let g = self.rows_of((panel, places.g), rank, (begin, n), |s| s.g, scratch.g);
                 if panel.factor == Factor::A {
                     let c = Coefficients { data: c.data.cast_const(), row: rank, column: 1 };
                     accumulate(isa, (Order::ByColumn, Sums::Go), (rank, rank, n), c, p, g);
@@ -467,34 +507,29 @@ impl CpuAllocator {
         }
     }
 
-    /// Some columns of P or of its gradient as they lie, rank rows of A or n rows of B: in place where they are of the
-    /// compute type and A's rows equally far apart, else converted into the buffer.
+    /// Some columns of P or of its gradient, rank rows of A or n rows of B: in place, or converted into the buffer.
     ///
     /// # Safety
     /// The panel was checked; the buffer has room for rank times n elements.
     unsafe fn rows_of<T: Real>(
         &self,
-        panel: &Panel,
+        (panel, place): (&Panel, Option<Place>),
         rank: usize,
         (begin, n): (usize, usize),
         array: impl Fn(&Slice) -> (Address, Dtype),
         buffer: *mut T,
     ) -> Rows<T> {
-        let (slice, first) = panel.rows[0];
-        let (base, dtype) = array(&self.binding.slices[slice]);
-        if panel.factor == Factor::B {
-            let at = base.offset((first + begin * rank) * dtype.size());
-            if is_own::<T>(dtype) {
-                return Rows::new(pointer(at), rank);
-            }
-            // SAFETY: whole rows lie without gaps.
-            unsafe { load(dtype, at, n * rank, buffer) };
-            return Rows::new(buffer, rank);
+        let is_b = panel.factor == Factor::B;
+        if let Some(place) = place {
+            let first = if is_b { begin * place.apart } else { begin };
+            return Rows::new(pointer(place.begin.offset(first * size_of::<T>())), place.apart);
         }
-        let apart = panel.rows.get(1).map_or(panel.columns, |row| row.1.saturating_sub(first));
-        let regular = panel.rows.iter().enumerate().all(|(i, row)| *row == (slice, first + i * apart));
-        if regular && is_own::<T>(dtype) {
-            return Rows::new(pointer(base.offset((first + begin) * dtype.size())), apart);
+        if is_b {
+            let (slice, first) = panel.rows[0];
+            let (base, dtype) = array(&self.binding.slices[slice]);
+            // SAFETY: whole rows lie without gaps.
+            unsafe { load(dtype, base.offset((first + begin * rank) * dtype.size()), n * rank, buffer) };
+            return Rows::new(buffer, rank);
         }
         for (row, (slice, first)) in panel.rows.iter().enumerate() {
             let (base, dtype) = array(&self.binding.slices[*slice]);
@@ -548,7 +583,6 @@ impl BoundAllocator for CpuAllocator {
         let share = weight / (2 * adapters) as f64;
         let panels = self.binding.panels()?;
         self.host.team.run(self.factors.len(), self.parallel, "gradients are", |i, worker| {
-            let panels = &panels[self.factors[i].clone()];
             // SAFETY: each factor's gradients, Gram matrix and norm are one task's; the scratch is the worker's.
             unsafe {
                 let gram = if let Some(grams) = gram {
