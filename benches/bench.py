@@ -283,7 +283,13 @@ class Ours:
         self.y, self.dx = [a[1] for a in arrays], [a[3] for a in arrays]
         self.sum_of_squares, self.factor = np.zeros(1), np.ones(1)
         self.found_inf, self.penalty = np.zeros(1, np.float32), np.zeros(1)
-        self.step = adalora.StepValues(FIRST_STEP, grad_factor=self.factor, found_inf=self.found_inf)
+        self.step = adalora.StepValues(
+            FIRST_STEP,
+            grad_factor=self.factor,
+            found_inf=self.found_inf,
+            sum_of_squares=self.sum_of_squares,
+            penalty=self.penalty,
+        )
 
     def forward_backward(self) -> None:
         """One pass through every adapter; gradients for A, E, B and x."""
@@ -299,14 +305,14 @@ class Ours:
 
     def orthogonality(self) -> None:
         """The penalty and its gradient."""
-        self.allocator.orthogonality(ORTH_REG_WEIGHT, value=self.penalty)
+        self.allocator.orthogonality(ORTH_REG_WEIGHT, self.step)
 
     def optimizer_allocator(self) -> None:
         """Clipping, AdamW with importance, and a mask."""
         self.step.step[0] += 1
         self.sum_of_squares[0] = self.found_inf[0] = 0
-        self.allocator.gradient_norm(self.sum_of_squares, self.found_inf)
-        self.context.gradient_factor(self.sum_of_squares, self.factor, max_norm=MAX_NORM)
+        self.allocator.gradient_norm(self.step)
+        self.context.gradient_factor(self.step, max_norm=MAX_NORM)
         self.allocator.step(self.step)
 
 

@@ -49,12 +49,18 @@ class OverC:
         state, workspace = (torch.zeros(n, dtype=torch.uint8, device=device) for n in (sizes.state, sizes.workspace))
         self.allocator.bind(slices, [hyper], state=state, workspace=workspace, stream=timer.stream)
         self.values = adalora.StepValues(
-            self.step_number, grad_factor=self.factor, found_inf=self.found_inf, context=self.on, stream=timer.stream
+            self.step_number,
+            grad_factor=self.factor,
+            found_inf=self.found_inf,
+            sum_of_squares=self.squares,
+            penalty=self.penalty,
+            context=self.on,
+            stream=timer.stream,
         )
 
     def orthogonality(self) -> None:
         """The penalty and its gradient."""
-        self.allocator.orthogonality(ORTH_REG_WEIGHT, value=self.penalty, stream=self.timer.stream)
+        self.allocator.orthogonality(ORTH_REG_WEIGHT, self.values, stream=self.timer.stream)
 
     def step(self) -> None:
         """Clipping, AdamW with importance, and what the schedule says."""
@@ -62,8 +68,8 @@ class OverC:
         self.step_number.add_(1)
         self.squares.zero_()
         self.found_inf.zero_()
-        self.allocator.gradient_norm(self.squares, self.found_inf, stream=stream)
-        self.on.gradient_factor(self.squares, self.factor, max_norm=MAX_NORM, stream=stream)
+        self.allocator.gradient_norm(self.values, stream=stream)
+        self.on.gradient_factor(self.values, max_norm=MAX_NORM, stream=stream)
         self.allocator.step(self.values, stream=stream)
 
 

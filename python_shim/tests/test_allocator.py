@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,55 @@ def test_gradient_norm_and_factor(context: adalora.Context, rng: np.random.Gener
     for wrong in (0.0, -1.0, math.nan):
         with pytest.raises(adalora.InvalidArgumentError, match="max_norm"):
             context.gradient_factor(np.ones(1), factor, max_norm=wrong)
+
+
+def test_values_of_a_step_serve_its_other_calls(context: adalora.Context, rng: np.random.Generator) -> None:
+    model = Model.make(context)
+    model.fill_gradients(rng)
+    squares = [sum(float((oracle.values(a) ** 2).sum()) for a in grads) for grads in model.training.grads]
+    has_grad = np.array([1, 0, 1, 1], bool)
+    names = {"grad_factor": 1.0, "found_inf": 0.0, "loss_scale": 64.0, "sum_of_squares": 10.0, "penalty": 0.0}
+    values = StepValues(0, has_grad=has_grad, **names)
+    model.allocator.gradient_norm(values)
+    total = 10 + sum(squares) - squares[1]
+    assert values.sum_of_squares[0] == pytest.approx(total, rel=1e-13)
+    context.gradient_factor(values, max_norm=0.1)
+    assert values.grad_factor[0] == pytest.approx(0.1 / (math.sqrt(total) / 64 + 1e-6) / 64, rel=1e-13)
+    before = [Triplets(*map(oracle.values, g)) for g in model.training.grads]
+    penalty, gradients = oracle.orthogonality(model.params, 0.3)
+    assert model.allocator.orthogonality(0.3, values) is None
+    assert values.penalty[0] == pytest.approx(penalty, rel=1e-12)
+    for grads, start, want in zip(model.training.grads, before, gradients, strict=True):
+        for array, old, new in zip(grads, start, want, strict=True):
+            np.testing.assert_allclose(array, old + 64 * new, rtol=0, atol=1e-10)
+    values.found_inf[0], model.training.grads[2].B[1, 1] = 0, np.inf
+    model.allocator.gradient_norm(values)
+    assert values.found_inf[0] == 1
+
+
+def test_values_of_a_step_are_checked_where_they_are_used(context: adalora.Context) -> None:
+    model = Model.make(context)
+    refused = partial(pytest.raises, adalora.InvalidArgumentError)
+    with refused(match=r"^sum_of_squares: expected StepValues\(..., sum_of_squares=...\), found values without"):
+        model.allocator.gradient_norm(StepValues(0))
+    with refused(match=r"^grad_factor: expected StepValues\(..., grad_factor=...\), found values without"):
+        context.gradient_factor(StepValues(0, sum_of_squares=1.0))
+    frozen = np.zeros(1, np.float32)
+    frozen.flags.writeable = False
+    values = StepValues(0, sum_of_squares=1.0, found_inf=frozen)
+    with refused(match="^found_inf: expected an array that may be written to, found a read-only one"):
+        model.allocator.gradient_norm(values)
+    with refused(match="^penalty: expected an array of float64, found float32"):
+        StepValues(0, penalty=np.zeros(1, np.float32))
+    with refused(match="has_grad: expected 4 flags, found 3"):
+        model.allocator.gradient_norm(StepValues(0, sum_of_squares=0.0, has_grad=np.ones(3, bool)))
+    values = StepValues(0, sum_of_squares=1.0, grad_factor=1.0)
+    with refused(match="^found_inf, has_grad: expected those of the values, found others beside them"):
+        model.allocator.gradient_norm(values, np.zeros(1, np.float32))
+    with refused(match="^grad_factor, loss_scale: expected those of the values, found others beside them"):
+        context.gradient_factor(values, np.zeros(1))
+    with refused(match="^values: expected either them, or factor, gram and value, found both"):
+        model.allocator.orthogonality(0.3, values, value=np.zeros(1))
 
 
 @pytest.mark.parametrize("unit", ["triplets", "parameters"])

@@ -11,7 +11,7 @@ The mathematics happens in a native library, over arrays that stay the caller's:
 from . import checkpoint
 from ._library import Library, load
 from .adapter import Adapter, Dropout, GroupCall, Share, Stage
-from .allocator import Allocator, Budget, Hyper, Sizes, Slice, Standing, StepValues, Training
+from .allocator import Allocator, Budget, Hyper, Sizes, Slice, Standing, Training
 from .arrays import BFloat16, Triplets, aligned_bytes
 from .context import Context
 from .errors import (
@@ -29,6 +29,7 @@ from .errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
+from .values import StepValues
 
 __version__ = "0.1.0"
 

@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _bindings as c
-from ._handle import Handle, NativeObject, refuse_copy
+from ._handle import Handle, NativeObject
 from .adapter import Adapter
 from .arrays import (
     FLOAT32,
-    HOST,
     Array,
     BFloat16,
     Lease,
-    Memory,
     Triplets,
     as_aligned,
     as_buffer,
@@ -27,11 +25,11 @@ from .arrays import (
     as_values,
     named,
     one_value,
-    place,
     size_of,
 )
 from .context import Context
 from .errors import InvalidArgumentError, InvalidStateError
+from .values import StepValues, memory_of
 
 _UNITS = {"triplets": c.ADALORA_BUDGET_TRIPLETS, "parameters": c.ADALORA_BUDGET_PARAMETERS}
 _MATRICES = {"A": c.ADALORA_MATRIX_A, "E": c.ADALORA_MATRIX_E, "B": c.ADALORA_MATRIX_B}
@@ -95,7 +93,7 @@ class Hyper:
         eps: float = 1e-8,
         context: Context | None = None,
     ) -> None:
-        memory = _memory(context)
+        memory = memory_of(context)
         self.lr = one_value(lr, np.float64, memory, "lr")
         self.weight_decay = one_value(weight_decay, np.float64, memory, "weight_decay")
         self.betas, self.eps = betas, eps
@@ -109,64 +107,6 @@ class Hyper:
             *self.betas,
             self.eps,
         )
-
-
-class StepValues:
-    """What changes from step to step, prepared once: assign `values.step[0]` and the others in place.
-
-    Args:
-        step: the trainer's step number: a number, or an array of one int64 that is used where it lies.
-        grad_factor: multiplies every gradient, unscaling times clipping: likewise of float64; None: 1.
-        found_inf: above 0 where a gradient anywhere in the model is not finite: likewise of float32; then AdamW and
-            importance do nothing. None: the library looks itself, which costs one more reading of the gradients; a
-            sharded allocator needs it.
-        has_grad: [n_adapters] of uint8 or bool, 0 where the adapter has no gradient this step; None: all have one.
-        context: where the values are; None: in host memory.
-        stream: CUDA stream that the arrays are handed over to, as in `GroupCall`.
-
-    """
-
-    def __init__(
-        self,
-        step: int | Array = 0,
-        *,
-        grad_factor: float | Array | None = None,
-        found_inf: float | Array | None = None,
-        has_grad: Array | None = None,
-        context: Context | None = None,
-        stream: int | None = None,
-    ) -> None:
-        memory = _memory(context)
-        value = partial(one_value, memory=memory)
-        self._lease = lease = memory.lease(stream)
-        self.step = value(step, np.int64, name="step")
-        self.grad_factor = None if grad_factor is None else value(grad_factor, np.float64, name="grad_factor")
-        self.found_inf = None if found_inf is None else value(found_inf, np.float32, name="found_inf")
-        self.has_grad = has_grad
-        self._struct = c.adalora_step_t(ctypes.sizeof(c.adalora_step_t))
-        self._struct.step = as_values(self.step, "step", dtype=np.int64, size=1, lease=lease)
-        if self.grad_factor is not None:
-            self._struct.grad_factor = as_values(self.grad_factor, "grad_factor", dtype=np.float64, size=1, lease=lease)
-        if self.found_inf is not None:
-            self._struct.found_inf = as_values(self.found_inf, "found_inf", dtype=np.float32, size=1, lease=lease)
-        if has_grad is not None:
-            self._struct.has_grad = as_flags(has_grad, "has_grad", lease=lease)
-        self.reference = ctypes.byref(self._struct)
-
-    def check(self, n_adapters: int, memory: Memory) -> Any:
-        """The C argument, for an allocator of that many adapters over arrays in that memory."""
-        if self.has_grad is not None and size_of(self.has_grad) != n_adapters:
-            raise InvalidArgumentError(f"has_grad: expected {n_adapters} flags, found {size_of(self.has_grad)}")
-        if self._lease.device != memory.device:
-            raise InvalidArgumentError(
-                f"step: expected values {place(memory.device)}, as StepValues(..., context=context) has them, found "
-                f"some {place(self._lease.device)}"
-            )
-        return self.reference
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse copies: the descriptor holds addresses."""
-        refuse_copy(self)
 
 
 class Sizes(NamedTuple):
@@ -507,6 +447,7 @@ class Allocator(NativeObject):
     def orthogonality(
         self,
         orth_reg_weight: float,
+        values: StepValues | None = None,
         *,
         factor: float | Array | None = None,
         gram: Array | None = None,
@@ -517,6 +458,7 @@ class Allocator(NativeObject):
 
         Args:
             orth_reg_weight: the penalty's weight.
+            values: their `loss_scale` and `penalty` in place of the arguments `factor` and `value`.
             factor: the loss scale that the gradients carry; None: 1.
             gram: as `gram` wrote it, summed where sharded; None: computed here.
             value: one float64, receives the penalty.
@@ -527,7 +469,16 @@ class Allocator(NativeObject):
             is read back.
 
         """
-        handle, lease = self.handle, self.memory.lease(stream)
+        handle = self.handle
+        if values is not None and factor is value is gram is None:
+            scale_at, penalty_at = values.of_penalty(self.memory)
+            self.library.adalora_allocator_orthogonality(
+                handle.pointer, None, orth_reg_weight, scale_at, penalty_at, stream
+            )
+            return None
+        if values is not None:
+            raise InvalidArgumentError("values: expected either them, or factor, gram and value, found both")
+        lease = self.memory.lease(stream)
         factor = None if factor is None else one_value(factor, np.float64, self.memory, "factor")
         result = np.zeros(1) if value is None and self.memory.device is None else value
         number = partial(as_values, dtype=np.float64, size=1, lease=lease)
@@ -545,7 +496,7 @@ class Allocator(NativeObject):
 
     def gradient_norm(
         self,
-        sum_of_squares: Array,
+        sum_of_squares: Array | StepValues,
         found_inf: Array | None = None,
         *,
         has_grad: Array | None = None,
@@ -554,13 +505,23 @@ class Allocator(NativeObject):
         """Add the sum of squares of all bound gradients to a sum that the trainer shares with its other parameters.
 
         Args:
-            sum_of_squares: one float64, added to.
+            sum_of_squares: one float64, added to; or `StepValues`, whose own it is, with their `found_inf` and
+                `has_grad` in place of the arguments.
             found_inf: one float32, set to 1 where a gradient is not finite, else left alone.
             has_grad: [n_adapters], 0: that adapter's gradients are not read; None: all are.
             stream: CUDA stream.
 
         """
-        handle, lease = self.handle, self.memory.lease(stream)
+        handle = self.handle
+        if isinstance(sum_of_squares, StepValues):
+            if not (found_inf is has_grad is None):
+                raise InvalidArgumentError(
+                    "found_inf, has_grad: expected those of the values, found others beside them"
+                )
+            places = sum_of_squares.of_norm(self.n_adapters, self.memory)
+            self.library.adalora_allocator_gradient_norm(handle.pointer, *places, stream)
+            return
+        lease = self.memory.lease(stream)
         value = partial(as_values, size=1, writable=True, lease=lease)
         self.library.adalora_allocator_gradient_norm(
             handle.pointer,
@@ -574,7 +535,7 @@ class Allocator(NativeObject):
         """`update`, `scores` and `select` in one call (PEFT's `update_and_allocate`, after the optimiser's step)."""
         handle, values = self.handle, self._values(step, stream)
         self.library.adalora_allocator_step(
-            handle.pointer, values.check(self.n_adapters, self.memory), with_adamw, stream
+            handle.pointer, values.of_step(self.n_adapters, self.memory), with_adamw, stream
         )
 
     def update(self, step: int | StepValues, *, with_adamw: bool = True, stream: int | None = None) -> None:
@@ -588,7 +549,7 @@ class Allocator(NativeObject):
         """
         handle, values = self.handle, self._values(step, stream)
         self.library.adalora_allocator_update(
-            handle.pointer, values.check(self.n_adapters, self.memory), with_adamw, stream
+            handle.pointer, values.of_step(self.n_adapters, self.memory), with_adamw, stream
         )
 
     def scores(self, scores: Array | None = None, *, stream: int | None = None) -> Array:
@@ -619,7 +580,7 @@ class Allocator(NativeObject):
         lease = self.memory.lease(stream)
         address = self._scores(scores, lease)
         self.library.adalora_allocator_select(
-            handle.pointer, values.check(self.n_adapters, self.memory), address, stream
+            handle.pointer, values.of_step(self.n_adapters, self.memory), address, stream
         )
 
     def finalize(self, scores: Array | None = None, *, stream: int | None = None) -> None:
@@ -749,7 +710,3 @@ class Allocator(NativeObject):
         """
         handle = self.handle
         self.library.adalora_allocator_load_state_sync(handle.pointer, data, len(data), stream)
-
-
-def _memory(context: Context | None) -> Memory:
-    return HOST if context is None else context.memory

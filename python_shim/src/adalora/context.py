@@ -16,6 +16,7 @@ from ._handle import Handle, NativeObject
 from ._library import Library, load
 from .arrays import Array, Memory, as_values
 from .errors import InvalidArgumentError
+from .values import StepValues
 
 _BACKENDS = {"cpu": c.ADALORA_BACKEND_CPU, "cuda": c.ADALORA_BACKEND_CUDA}
 
@@ -98,8 +99,8 @@ class Context(NativeObject):
 
     def gradient_factor(
         self,
-        sum_of_squares: Array,
-        grad_factor: Array,
+        sum_of_squares: Array | StepValues,
+        grad_factor: Array | None = None,
         *,
         loss_scale: Array | None = None,
         max_norm: float = float("inf"),
@@ -108,23 +109,27 @@ class Context(NativeObject):
         """Make the factor that unscales and clips gradients: `min(1, max_norm / (norm + 1e-6)) / loss_scale`.
 
         Args:
-            sum_of_squares: one float64: the sum of the squares of all gradients, as `Allocator.gradient_norm` adds to.
+            sum_of_squares: one float64: the sum of the squares of all gradients, as `Allocator.gradient_norm` adds to;
+                or `StepValues`, whose own it is, with their `grad_factor` and `loss_scale` in place of the arguments.
             grad_factor: one float64, receives the factor.
             loss_scale: one float64, what the loss was multiplied by; None: 1.
             max_norm: above 0; infinity clips nothing.
             stream: CUDA stream.
 
         """
-        handle, lease = self.handle, self.memory.lease(stream)
-        value = partial(as_values, dtype=np.float64, size=1, lease=lease)
-        self.library.adalora_context_gradient_factor(
-            handle.pointer,
-            value(sum_of_squares, "sum_of_squares"),
-            None if loss_scale is None else value(loss_scale, "loss_scale"),
-            max_norm,
-            value(grad_factor, "grad_factor", writable=True),
-            stream,
-        )
+        handle = self.handle
+        if isinstance(sum_of_squares, StepValues):
+            if not (grad_factor is loss_scale is None):
+                raise InvalidArgumentError(
+                    "grad_factor, loss_scale: expected those of the values, found others beside them"
+                )
+            squares_at, scale_at, factor_at = sum_of_squares.of_factor(self.memory)
+        else:
+            value = partial(as_values, dtype=np.float64, size=1, lease=self.memory.lease(stream))
+            squares_at = value(sum_of_squares, "sum_of_squares")
+            scale_at = None if loss_scale is None else value(loss_scale, "loss_scale")
+            factor_at = value(grad_factor, "grad_factor", writable=True)
+        self.library.adalora_context_gradient_factor(handle.pointer, squares_at, scale_at, max_norm, factor_at, stream)
 
 
 def _parallel_function(parallel: Any) -> Any:

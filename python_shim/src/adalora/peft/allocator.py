@@ -12,11 +12,12 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import AdaLoraLayer, deepspeed_config
 from torch import Tensor, nn
 
-from ..allocator import Standing, StepValues
+from ..allocator import Standing
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from ..torch import AdaLoraConfig as CheckedConfig
 from ..torch import RankAllocator as LayersAllocator
 from ..torch.steps import OptimizerSteps
+from ..values import StepValues
 
 _SCHEDULE = ("target_r", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2")
 

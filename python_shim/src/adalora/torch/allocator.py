@@ -17,9 +17,10 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from ..adapter import Adapter
-from ..allocator import Allocator, Budget, Hyper, Slice, Standing, StepValues
+from ..allocator import Allocator, Budget, Hyper, Slice, Standing
 from ..context import Context
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
+from ..values import StepValues
 from .compaction import compacted_pattern, cut, cut_states, keep_pattern, shrink
 from .config import AdaLoraConfig
 from .distributed import ShardedPenalty, Sharding, flatten_gradients, is_dtensor, local, whole
@@ -187,7 +188,8 @@ class RankAllocator:
                 if grad is not None and p.grad is not None:
                     local(p.grad).add_(grad)
         else:
-            self._penalty(weight, self._loss_scale)
+            weight = self.config.orth_reg_weight if weight is None else weight
+            self._native.orthogonality(weight, self._importance_values, stream=self._stream)
         return self._penalty_value.clone()
 
     def orthogonality_loss(self, weight: float | None = None) -> Tensor:
@@ -620,7 +622,7 @@ class RankAllocator:
         self._present: list[bool] | None = [True] * len(adapters)
         stream = current_stream(device)
         values = partial(StepValues, self._step, has_grad=self._has_grad, context=on, stream=stream)
-        self._importance_values = values()
+        self._importance_values = values(loss_scale=self._loss_scale, penalty=self._penalty_value)
         self._noted_values = values(found_inf=self.found_inf)
         self._adamw_values = values(grad_factor=self.grad_factor, found_inf=self.found_inf)
         self._streams = {stream}
@@ -839,10 +841,6 @@ class RankAllocator:
         increment_version(params)
         if isinstance(self.config, AdaLoraConfig):
             keep_pattern(self.config, dict(zip(self.layers, self._compacted, strict=True)))
-
-    def _penalty(self, weight: float | None, factor: Tensor) -> None:
-        weight = self.config.orth_reg_weight if weight is None else weight
-        self._native.orthogonality(weight, factor=factor, value=self._penalty_value, stream=self._stream)
 
     def _penalty_of_shards(self, weight: float | None, factor: Tensor | None) -> list[Tensor | None]:
         """Note the penalty in its place, and return its gradients for this process's rows of all parameters."""
