@@ -320,6 +320,16 @@ def test_what_cannot_be_adapted_is_refused(kind, layer, message):
     assert model[0] is layer
 
 
+def test_a_base_layer_that_returns_more_than_a_tensor():
+    class WithBias(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return nn.functional.linear(x, self.weight), self.bias
+
+    model = adapt(nn.Sequential(WithBias(3, 2)), config(target_modules=["0"]))
+    with pytest.raises(UnsupportedError, match=r"expected one that returns a tensor, found WithBias, which .* tuple"):
+        model(torch.randn(4, 3))
+
+
 def test_layers_without_triplets(ids):
     model = network(init_r=0, target_r=0)
     plain = Network()

@@ -665,6 +665,7 @@ def test_a_wrong_state_changes_nothing():
     wider = RankAllocator(network(torch.float32, init_r=5)).state_dict()
     bad = {**good, "state": good["state"].clone()}
     bad["state"][40] ^= 1
+    average = "exp_avg_unc.fc2.B"
     doubled = {**good, "exp_avg_ipt.fc1.A": torch.zeros(4, 7)}
     for state, error, match in (
         (bad, CorruptDataError, "checksum"),
@@ -672,6 +673,13 @@ def test_a_wrong_state_changes_nothing():
         (wider, InvalidArgumentError, "expected shape"),
         ({k: v for k, v in good.items() if k != "exp_avg_unc.fc2.E"}, InvalidArgumentError, "exp_avg_unc.fc2.E"),
         ({**good, "more": good["state"]}, InvalidArgumentError, "'more'"),
+        ({**good, average: good[average].to("meta")}, InvalidArgumentError, f"{average}: expected .* on meta"),
+        ({**good, average: good[average].to_sparse()}, InvalidArgumentError, f"{average}: expected .*sparse"),
+        (
+            {**good, average: good[average].long()},
+            InvalidArgumentError,
+            f"{average}: expected .*float32, found .*int64",
+        ),
     ):
         with pytest.raises(error, match=match):
             allocator.load_state_dict(state)

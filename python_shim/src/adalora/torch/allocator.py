@@ -420,6 +420,10 @@ class RankAllocator:
                 expected = "bytes" if name == "state" else "a tensor"
                 found = found.dtype if isinstance(found, Tensor) else type(found).__name__
                 raise InvalidArgumentError(f"{name}: expected {expected}, found {found}")
+            dense = found.layout is torch.strided and not found.is_meta
+            if not dense or found.is_floating_point() != tensor.is_floating_point():
+                kind = f"{found.dtype} of {found.layout} on {found.device}"
+                raise InvalidArgumentError(f"{name}: expected a dense tensor like one of {tensor.dtype}, found {kind}")
             if name != "state" and found.shape != tensor.shape:
                 raise InvalidArgumentError(f"{name}: expected shape {list(tensor.shape)}, found {list(found.shape)}")
         del own["state"]

@@ -436,7 +436,13 @@ class SVDLinear(SVDLayer):
         """The base layer's output, the weight whose gradient for x it leaves out, and whether it may be overwritten."""
         base = self._modules["base_layer"]
         if traced() or not self._base_is_plain():
-            return base(x, *args, **kwargs), None, False
+            y = base(x, *args, **kwargs)
+            if not isinstance(y, Tensor):
+                raise UnsupportedError(
+                    f"base_layer: expected one that returns a tensor, found {type(base).__name__}, which returns a "
+                    f"{type(y).__name__}"
+                )
+            return y, None, False
         parameters = base._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         frozen = (
