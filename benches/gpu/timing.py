@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -84,8 +83,6 @@ class Timer:
             for _ in range(3):
                 work()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        # An older graph among the garbage, destroyed during the capture, would end it.
-        gc.collect()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()

@@ -1,7 +1,5 @@
 // A training step as one CUDA graph: captured once, it serves every step of the schedule.
 
-#include <future>
-
 #include "cuda_test.hpp"
 
 namespace cuda_tests {
@@ -92,31 +90,6 @@ TEST_F(OnDevice, ACaptureIsNoPlaceToWait) {
   training.enqueue(stream.get());
   const cuda::Graph graph(stream.get());
   graph.launch(stream.get());
-  cuda::synchronize(stream.get());
-  EXPECT_EQ(training.model().report().last_step, 0);
-}
-
-// A context may come and go while another stream is captured, by this thread or another one.
-TEST_F(OnDevice, ACaptureOutlivesContexts) {
-  Training training(device(), device().context(), training_types[1]);
-  const cuda::Stream stream;
-  for (bool same_thread : {true, false}) {
-    Context earlier = cuda::context();
-    require(adalora_context_prepare(earlier.get(), device().stream()));
-    cuda::begin_capture(stream.get());
-    const auto come_and_go = [&] {
-      const Context later = cuda::context();
-      require(adalora_context_prepare(later.get(), device().stream()));
-      earlier.reset();
-    };
-    if (same_thread)
-      come_and_go();
-    else
-      std::async(std::launch::async, come_and_go).get();
-    training.enqueue(stream.get());
-    const cuda::Graph graph(stream.get());
-    graph.launch(stream.get());
-  }
   cuda::synchronize(stream.get());
   EXPECT_EQ(training.model().report().last_step, 0);
 }

@@ -198,14 +198,6 @@ MISTAKES = [
         "*AMaskedTripletAddsNothing/cuda",
     ),
     Mistake(
-        "a context that comes or goes breaks off captures",
-        DEVICE,
-        "const CAPTURE_MODE_RELAXED: c_int = 2;",
-        "const CAPTURE_MODE_RELAXED: c_int = 0;",
-        "test_cuda",
-        "*ACaptureOutlivesContexts*",
-    ),
-    Mistake(
         "a step that is not finite is taken",
         KERNELS,
         "const bool found = args.found_inf ? !(*args.found_inf <= 0.0f) : not_finite;",

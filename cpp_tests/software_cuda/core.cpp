@@ -342,19 +342,12 @@ void Context::settle_all() { settle(std::vector<OperationRef>(pending.begin(), p
 
 void invalidate(Capture& capture) { capture.invalid = true; }
 
-int& capture_mode_of_thread() {
-  thread_local int mode = cudaStreamCaptureModeGlobal;
-  return mode;
-}
-
 void forbid_in_capture(const std::string& name) {
-  const int mode = capture_mode_of_thread();
-  if (mode == cudaStreamCaptureModeRelaxed) return;
   bool found = false;
   for (const auto& capture : state().captures) {
     const bool own = capture->thread == std::this_thread::get_id();
-    if (capture->mode == cudaStreamCaptureModeRelaxed) continue;
-    if (!own && (capture->mode == cudaStreamCaptureModeThreadLocal || mode == cudaStreamCaptureModeThreadLocal)) continue;
+    if (capture->mode == cudaStreamCaptureModeRelaxed || (capture->mode == cudaStreamCaptureModeThreadLocal && !own))
+      continue;
     invalidate(*capture);
     found = true;
   }

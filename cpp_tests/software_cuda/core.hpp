@@ -256,8 +256,6 @@ T& find_in(Owned<T>& owned, T* handle, const char* what) {
 
 // A call that no capture allows: those that it would concern become invalid.
 void forbid_in_capture(const std::string& name);
-// What the calling thread lets captures forbid it.
-int& capture_mode_of_thread();
 void invalidate(Capture& capture);
 // What waits for the stream from the host.
 void forbid_waiting(cudaStream_t stream, const std::string& name);

@@ -155,7 +155,6 @@ int cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device);
 int cuDevicePrimaryCtxRelease_v2(CUdevice device);
 int cuCtxPushCurrent_v2(CUcontext context);
 int cuCtxPopCurrent_v2(CUcontext* context);
-int cuThreadExchangeStreamCaptureMode(int* mode);
 int cuModuleLoadData(CUmodule* module, const void* image);
 int cuModuleUnload(CUmodule module);
 int cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name);

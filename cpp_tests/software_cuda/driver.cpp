@@ -153,14 +153,6 @@ int cuCtxPopCurrent_v2(CUcontext* handle) {
   });
 }
 
-int cuThreadExchangeStreamCaptureMode(int* mode) {
-  return guarded("cuThreadExchangeStreamCaptureMode", cudaErrorInvalidValue, [&] {
-    if (*mode < cudaStreamCaptureModeGlobal || *mode > cudaStreamCaptureModeRelaxed)
-      refuse(cudaErrorInvalidValue, "not a capture mode");
-    std::swap(*mode, capture_mode_of_thread());
-  });
-}
-
 int cuModuleLoadData(CUmodule* handle, const void* image) {
   return guarded("cuModuleLoadData", cudaErrorMemoryAllocation, [&] {
     forbid_in_capture("loading a module");

@@ -159,7 +159,6 @@ const EntryPoint entry_points[] = {
     {"cuDevicePrimaryCtxRelease", reinterpret_cast<void*>(cuDevicePrimaryCtxRelease_v2)},
     {"cuCtxPushCurrent", reinterpret_cast<void*>(cuCtxPushCurrent_v2)},
     {"cuCtxPopCurrent", reinterpret_cast<void*>(cuCtxPopCurrent_v2)},
-    {"cuThreadExchangeStreamCaptureMode", reinterpret_cast<void*>(cuThreadExchangeStreamCaptureMode)},
     {"cuModuleLoadData", reinterpret_cast<void*>(cuModuleLoadData)},
     {"cuModuleUnload", reinterpret_cast<void*>(cuModuleUnload)},
     {"cuModuleGetFunction", reinterpret_cast<void*>(cuModuleGetFunction)},

@@ -637,30 +637,6 @@ TEST_F(Captures, OfOtherThreadsForbidLess) {
   }
 }
 
-TEST_F(Captures, ForbidWhatAThreadLetsThem) {
-  for (int mode : {cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed}) {
-    begin();
-    const auto allocates = [&] {
-      void* memory = nullptr;
-      int exchanged = mode;
-      EXPECT_EQ(cuThreadExchangeStreamCaptureMode(&exchanged), cudaSuccess);
-      EXPECT_EQ(exchanged, cudaStreamCaptureModeGlobal);
-      const int code = cudaMalloc(&memory, 16);
-      EXPECT_EQ(cuThreadExchangeStreamCaptureMode(&exchanged), cudaSuccess);
-      EXPECT_EQ(exchanged, mode);
-      return code;
-    };
-    int theirs = -1;
-    std::thread([&] { theirs = allocates(); }).join();
-    EXPECT_EQ(theirs, cudaSuccess);
-    const bool is_relaxed = mode == cudaStreamCaptureModeRelaxed;
-    EXPECT_EQ(allocates(), is_relaxed ? cudaSuccess : cudaErrorStreamCaptureUnsupported);
-    EXPECT_EQ(end(), is_relaxed ? cudaSuccess : cudaErrorStreamCaptureInvalidated);
-  }
-  int mode = 3;
-  EXPECT_EQ(cuThreadExchangeStreamCaptureMode(&mode), cudaErrorInvalidValue);
-}
-
 TEST_F(Captures, EndWhereTheyBegan) {
   EXPECT_EQ(end(), cudaErrorIllegalState);
   EXPECT_EQ(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal), cudaErrorStreamCaptureUnsupported);

@@ -261,8 +261,6 @@ fn name_of(libraries: &Libraries, number: c_int) -> Result<String> {
     }
 }
 
-/// CUDA's `CU_STREAM_CAPTURE_MODE_RELAXED`.
-const CAPTURE_MODE_RELAXED: c_int = 2;
 /// What is done instead where modules and cuBLAS handles would be made.
 const PREPARE_FIRST: &str = "adalora_context_prepare to be called before the capture";
 /// What is done instead where the call waits.
@@ -354,22 +352,6 @@ impl Drop for PrimaryContext {
     }
 }
 
-/// Runs a body that captures of other streams forbid nothing. Without it CUDA refuses to load modules and to make cuBLAS
-/// handles while any stream of the process is captured, and breaks off that capture.
-fn relaxed<T>(libraries: &Libraries, body: impl FnOnce() -> Result<T>) -> Result<T> {
-    let exchange = |mode: &mut c_int| {
-        // SAFETY: a mode is read, and the one before it written.
-        let code = unsafe { (libraries.driver.cuThreadExchangeStreamCaptureMode)(mode) };
-        libraries.driver.check("cuThreadExchangeStreamCaptureMode", code)
-    };
-    let mut mode = CAPTURE_MODE_RELAXED;
-    exchange(&mut mode)?;
-    let outcome = body();
-    let restored = exchange(&mut mode);
-    let value = outcome?;
-    restored.map(|()| value)
-}
-
 /// What `prepare` takes.
 struct Ready {
     handles: Mutex<ArrayVec<Own, HANDLES>>,
@@ -410,31 +392,28 @@ impl Ready {
             let Self { handles: pool, functions, module, context, .. } = &mut ready;
             context.within(|| {
                 refuse_capture(libraries, stream, PREPARE_FIRST)?;
-                relaxed(libraries, || {
-                    let driver = &libraries.driver;
-                    // SAFETY: a zero-terminated text; an address is written.
-                    let code = unsafe { (driver.cuModuleLoadData)(&raw mut *module, PTX.as_ptr().cast()) };
-                    driver.check("cuModuleLoadData", code)?;
-                    for kernel in Kernel::ALL {
-                        let mut function = std::ptr::null_mut();
-                        // SAFETY: a loaded module and a zero-terminated name; an address is written.
-                        let code =
-                            unsafe { (driver.cuModuleGetFunction)(&raw mut function, *module, kernel.name().as_ptr()) };
-                        driver
-                            .check(format_args!("cuModuleGetFunction of {}", kernel.name().to_string_lossy()), code)?;
-                        functions.push(Function(function));
-                    }
-                    for _ in 0..handles {
-                        let blas = &libraries.blas;
-                        let mut handle = std::ptr::null_mut();
-                        // SAFETY: an address is written.
-                        let code = unsafe { (blas.cublasCreate_v2)(&raw mut handle) };
-                        blas.check("cublasCreate_v2", code)?;
-                        pool.get_mut().push(Own(handle));
-                        configure(libraries, handle)?;
-                    }
-                    Ok(())
-                })
+                let driver = &libraries.driver;
+                // SAFETY: a zero-terminated text; an address is written.
+                let code = unsafe { (driver.cuModuleLoadData)(&raw mut *module, PTX.as_ptr().cast()) };
+                driver.check("cuModuleLoadData", code)?;
+                for kernel in Kernel::ALL {
+                    let mut function = std::ptr::null_mut();
+                    // SAFETY: a loaded module and a zero-terminated name; an address is written.
+                    let code =
+                        unsafe { (driver.cuModuleGetFunction)(&raw mut function, *module, kernel.name().as_ptr()) };
+                    driver.check(format_args!("cuModuleGetFunction of {}", kernel.name().to_string_lossy()), code)?;
+                    functions.push(Function(function));
+                }
+                for _ in 0..handles {
+                    let blas = &libraries.blas;
+                    let mut handle = std::ptr::null_mut();
+                    // SAFETY: an address is written.
+                    let code = unsafe { (blas.cublasCreate_v2)(&raw mut handle) };
+                    blas.check("cublasCreate_v2", code)?;
+                    pool.get_mut().push(Own(handle));
+                    configure(libraries, handle)?;
+                }
+                Ok(())
             })
         };
         made.map(|()| ready)
@@ -447,17 +426,15 @@ impl Drop for Ready {
         let libraries = &context.libraries;
         // A failure has nobody to tell it to.
         let _ = context.within(|| {
-            relaxed(libraries, || {
-                for handle in handles.get_mut().drain(..) {
-                    // SAFETY: made by `new`, and nobody's any more.
-                    unsafe { (libraries.blas.cublasDestroy_v2)(handle.0) };
-                }
-                if !module.is_null() {
-                    // SAFETY: loaded by `new`, and nobody's any more.
-                    unsafe { (libraries.driver.cuModuleUnload)(*module) };
-                }
-                Ok(())
-            })
+            for handle in handles.get_mut().drain(..) {
+                // SAFETY: made by `new`, and nobody's any more.
+                unsafe { (libraries.blas.cublasDestroy_v2)(handle.0) };
+            }
+            if !module.is_null() {
+                // SAFETY: loaded by `new`, and nobody's any more.
+                unsafe { (libraries.driver.cuModuleUnload)(*module) };
+            }
+            Ok(())
         });
     }
 }

@@ -107,7 +107,6 @@ table! {
         cuDevicePrimaryCtxRelease: fn(c_int) -> c_int;
         cuCtxPushCurrent: fn(Opaque) -> c_int;
         cuCtxPopCurrent: fn(*mut Opaque) -> c_int;
-        cuThreadExchangeStreamCaptureMode: fn(*mut c_int) -> c_int;
         cuModuleLoadData: fn(*mut Opaque, *const c_void) -> c_int;
         cuModuleUnload: fn(Opaque) -> c_int;
         cuModuleGetFunction: fn(*mut Opaque, Opaque, *const c_char) -> c_int;
