@@ -346,11 +346,9 @@ unsafe fn accumulate_narrow<V: Vector, P: Memory<V::Element>, O: Memory<V::Eleme
     }
     // SAFETY: as this function asks.
     unsafe {
-        // Where what lies side by side is known, each tile's addresses need one register.
+        // Where coefficients of rows lie side by side, a tile's addresses need one register.
         if c.row == 1 {
             narrow_rows::<V, P, O, 12, BEGIN>((m, depth, length), Coefficients { row: 1, ..c }, p, out);
-        } else if c.column == 1 {
-            narrow_rows::<V, P, O, 8, BEGIN>((m, depth, length), Coefficients { column: 1, ..c }, p, out);
         } else {
             narrow_rows::<V, P, O, 8, BEGIN>((m, depth, length), c, p, out);
         }
