@@ -470,29 +470,24 @@ class Allocator(NativeObject):
 
         """
         handle = self.handle
-        if values is not None and factor is value is gram is None:
-            scale_at, penalty_at = values.of_penalty(self.memory)
-            self.library.adalora_allocator_orthogonality(
-                handle.pointer, None, orth_reg_weight, scale_at, penalty_at, stream
-            )
-            return None
+        gram_at = result = None
         if values is not None:
-            raise InvalidArgumentError("values: expected either them, or factor, gram and value, found both")
-        lease = self.memory.lease(stream)
-        factor = None if factor is None else one_value(factor, np.float64, self.memory, "factor")
-        result = np.zeros(1) if value is None and self.memory.device is None else value
-        number = partial(as_values, dtype=np.float64, size=1, lease=lease)
-        self.library.adalora_allocator_orthogonality(
-            handle.pointer,
-            None
-            if gram is None
-            else as_values(gram, "gram", dtype=np.float64, size=self.sizes(0).gram // 8, lease=lease),
-            orth_reg_weight,
-            None if factor is None else number(factor, "factor"),
-            None if result is None else number(result, "value", writable=True),
-            stream,
-        )
-        return None if value is not None or result is None else float(result[0])
+            if not (factor is gram is value is None):
+                raise InvalidArgumentError("values: expected either them, or factor, gram and value, found both")
+            places = values.of_penalty(self.memory)
+        else:
+            number = partial(as_values, dtype=np.float64, lease=self.memory.lease(stream))
+            if gram is not None:
+                gram_at = number(gram, "gram", size=self.sizes(0).gram // 8)
+            factor = None if factor is None else one_value(factor, np.float64, self.memory, "factor")
+            if value is None and self.memory.device is None:
+                result = value = np.zeros(1)
+            places = (
+                None if factor is None else number(factor, "factor", size=1),
+                None if value is None else number(value, "value", size=1, writable=True),
+            )
+        self.library.adalora_allocator_orthogonality(handle.pointer, gram_at, orth_reg_weight, *places, stream)
+        return None if result is None else float(result[0])
 
     def gradient_norm(
         self,
@@ -519,17 +514,15 @@ class Allocator(NativeObject):
                     "found_inf, has_grad: expected those of the values, found others beside them"
                 )
             places = sum_of_squares.of_norm(self.n_adapters, self.memory)
-            self.library.adalora_allocator_gradient_norm(handle.pointer, *places, stream)
-            return
-        lease = self.memory.lease(stream)
-        value = partial(as_values, size=1, writable=True, lease=lease)
-        self.library.adalora_allocator_gradient_norm(
-            handle.pointer,
-            None if has_grad is None else as_flags(has_grad, "has_grad", size=self.n_adapters, lease=lease),
-            value(sum_of_squares, "sum_of_squares", dtype=np.float64),
-            None if found_inf is None else value(found_inf, "found_inf", dtype=np.float32),
-            stream,
-        )
+        else:
+            lease = self.memory.lease(stream)
+            value = partial(as_values, size=1, writable=True, lease=lease)
+            places = (
+                None if has_grad is None else as_flags(has_grad, "has_grad", size=self.n_adapters, lease=lease),
+                value(sum_of_squares, "sum_of_squares", dtype=np.float64),
+                None if found_inf is None else value(found_inf, "found_inf", dtype=np.float32),
+            )
+        self.library.adalora_allocator_gradient_norm(handle.pointer, *places, stream)
 
     def step(self, step: int | StepValues, *, with_adamw: bool = True, stream: int | None = None) -> None:
         """`update`, `scores` and `select` in one call (PEFT's `update_and_allocate`, after the optimiser's step)."""
