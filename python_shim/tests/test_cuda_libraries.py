@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child import package
 
 import adalora
 from adalora._cuda import _WHEELS
@@ -43,10 +44,8 @@ print(json.dumps([kind, text, files, [version.value for version in versions]]))
 
 def report(before: str = "", **arguments: object) -> tuple[str, str, list[str], list[int]]:
     program = f"{before}\narguments = {arguments!r}\n{REPORT}"
-    # The very package that is tested.
-    package = {"PYTHONPATH": str(Path(adalora.__file__).parents[1]), "ADALORA_LIBRARY": adalora.load().path}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=os.environ | package, capture_output=True, text=True, check=True)
+    command, environment = [sys.executable, "-c", program], os.environ | package(adalora.load())
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 

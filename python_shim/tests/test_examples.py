@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child import package
 
 import adalora
 
@@ -15,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def run(name: str, library: adalora.Library, folder: Path, *args: str, before: tuple[str, ...] = ()) -> list[str]:
-    environment = {"ADALORA_LIBRARY": library.path, "PYTHONPATH": str(Path(adalora.__file__).parents[1])}
+    environment = package(library)
     done = subprocess.run(
         [sys.executable, *before, EXAMPLES / name, *args],
         capture_output=True,

@@ -6,10 +6,10 @@ import copy
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from child import package
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -304,8 +304,7 @@ def test_exported_programs_compute_the_same(strict, tmp_path, library):
     torch.export.save(program, paths[0])
     torch.save(x, paths[1])
     torch.save(expected, paths[2])
-    environment = {"ADALORA_LIBRARY": library.path, "PYTHONPATH": str(Path(adalora.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", LOAD, *map(str, paths)], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", LOAD, *map(str, paths)], env=package(library), check=True)
 
 
 def test_merged_models_are_exported_without_adapters():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from child import package
 from torch.utils.checkpoint import checkpoint
 
 import adalora
@@ -421,9 +421,8 @@ print(before, count(), context(torch.device("cpu")).describe())
 
 
 def test_pytorchs_own_threads_do_the_work(library):
-    environment = {"ADALORA_LIBRARY": library.path, "PYTHONPATH": str(Path(adalora.__file__).parents[1])}
     command = [sys.executable, "-c", COUNT_THREADS]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=package(library), check=True)
     before, after, description = done.stdout.strip().split(" ", 2)
     assert int(before) >= 4
     assert after == before

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child import package
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import adalora
@@ -63,8 +64,7 @@ def test_trains_as_peft(library: adalora.Library, one_thread: None) -> None:
 def test_demo(library: adalora.Library, tmp_path: Path) -> None:
     environment = {
         **os.environ,
-        "ADALORA_LIBRARY": library.path,
-        "PYTHONPATH": str(Path(adalora.__file__).parents[1]),
+        **package(library),
         "PYTHONWARNINGS": "default",
     }
     options = (
