@@ -20,16 +20,6 @@ struct Types {
 const std::vector<Types> all_types = {{f64, f64}, {f32, f32},  {bf16, f32}, {f16, f32},  {bf16, bf16},
                                       {f16, f16}, {f32, bf16}, {f32, f16},  {bf16, f16}, {f16, bf16}};
 
-void against_oracle(Backend& backend, const LayerCase& layer) {
-  const LayerContents contents = random_contents(layer);
-  const LayerResults expected = expected_results(layer, contents);
-  Pass pass(backend, backend.context(), layer, contents);
-  pass.forward();
-  pass.check_forward(expected);
-  pass.backward();
-  pass.check_backward(expected);
-}
-
 // Every third E is 0: such triplets add nothing, whatever their vectors hold, and with them h and g.
 void zero_stays_zero(Backend& backend, LayerCase layer) {
   layer.keeps_h = false;
@@ -56,12 +46,7 @@ void of_unusual_factors(Backend& backend, const LayerCase& layer, Sizes sizes) {
     for (int m : {0, 1, 2})
       for (double& value : one.params[m].values)
         value = rounded(std::ldexp(value, sizes[static_cast<size_t>(m)]), layer.param);
-  const LayerResults expected = expected_results(layer, contents);
-  Pass pass(backend, backend.context(), layer, contents);
-  pass.forward();
-  pass.check_forward(expected);
-  pass.backward();
-  pass.check_backward(expected);
+  check_both(backend, layer, contents);
 }
 
 // sum(y * weights), whose gradient for y is `weights`.
@@ -248,7 +233,7 @@ std::vector<LayerCase> layers() {
 std::vector<Case> forward_backward_cases() {
   std::vector<Case> rows;
   for (const LayerCase& layer : layers())
-    rows.push_back({"forward and backward", layer.name, [layer](Backend& backend) { against_oracle(backend, layer); }});
+    rows.push_back({"forward and backward", layer.name, [layer](Backend& backend) { check_both(backend, layer); }});
 
   for (const Types& types : all_types) {
     const LayerCase layer = of(types, {33, 65, 13, 8});

@@ -219,4 +219,15 @@ std::vector<Bytes> Pass::outputs() const {
   return all;
 }
 
+void check_both(Backend& backend, const LayerCase& layer, const LayerContents& contents) {
+  const LayerResults expected = expected_results(layer, contents);
+  Pass pass(backend, backend.context(), layer, contents);
+  pass.forward();
+  pass.check_forward(expected);
+  pass.backward();
+  pass.check_backward(expected);
+}
+
+void check_both(Backend& backend, const LayerCase& layer) { check_both(backend, layer, random_contents(layer)); }
+
 }  // namespace operations

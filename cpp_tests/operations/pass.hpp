@@ -59,4 +59,8 @@ class Pass {
   std::optional<support::Buffer> workspace_;
 };
 
+// Forward, then backward, each beside what is expected of it.
+void check_both(support::Backend& backend, const LayerCase& layer, const LayerContents& contents);
+void check_both(support::Backend& backend, const LayerCase& layer);
+
 }  // namespace operations
