@@ -12,6 +12,7 @@ SANITIZED := target/$(TARGET)/release/libadalora.so
 VENV := target/venv
 INSTRUCTIONS := target/instructions
 PYTHON := $(VENV)/bin/python
+CONFIGURE := cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
 CUDA_TESTS := test_operations test_cuda test_faults
 GOLDEN := python_shim/tests/golden $(wildcard ../shared/golden)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -21,7 +22,7 @@ demo: python
 	$(PYTHON) python_shim/examples/minilm_tweets.py --output target/minilm $(DEMO)
 
 demo-cpp: tools lib
-	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	$(CONFIGURE)
 	cmake --build target/cpp --target digits_trainer
 	target/cpp/digits/digits_trainer
 
@@ -40,7 +41,7 @@ test-rust: tools
 	cargo test --locked
 
 test-cpp: tools lib
-	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	$(CONFIGURE)
 	cmake --build target/cpp
 	ctest --test-dir target/cpp --output-on-failure --parallel $$(nproc)
 
@@ -51,14 +52,15 @@ test-cpp-sanitized: tools lib-sanitized
 
 # The CUDA backend with one mistake after another, each of which a test has to notice.
 test-cuda-mistakes: tools lib
-	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	$(CONFIGURE)
 	cmake --build target/cpp --target $(CUDA_TESTS)
 	$(PYTHON) cpp_tests/seeded_mistakes/check.py --build target/cpp --work target/cuda-mistakes
 
-# What stands for CUDA where there is no GPU, in target/cpp/software_cuda/lib.
+# What stands for CUDA where there is no GPU, in target/cpp/software_cuda/lib, and what has the names of its libraries,
+# in target/cpp/stub_cuda.
 software-cuda: tools lib
-	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
-	cmake --build target/cpp --target software_cublas software_cuda_device
+	$(CONFIGURE)
+	cmake --build target/cpp --target software_cublas software_cuda_device stub_cuda
 
 # Models are tiny, and some tests start several processes: more threads would wait for each other by spinning.
 test-python: python software-cuda
@@ -100,7 +102,7 @@ $(INSTRUCTIONS)/operations: tools lib benches/instructions/operations.cpp
 # What `make gpu-check` needs on a machine with a GPU, built here and carried there with the checkout.
 BUNDLE := target/gpu-check
 gpu-check-bundle: tools lib
-	cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspath $(LIBRARY)) >/dev/null
+	$(CONFIGURE)
 	cmake --build target/cpp --target $(CUDA_TESTS)
 	rm -rf $(BUNDLE)
 	mkdir -p $(BUNDLE)/bin $(BUNDLE)/lib $(BUNDLE)/golden
