@@ -223,7 +223,7 @@ twins! {
         in_parameters: i64,
     }
 
-    FinishArguments: 104 {
+    FinishArguments: 112 {
         plan: Address,
         header: Address,
         clocks: Address,
@@ -234,6 +234,7 @@ twins! {
         adapters: Address,
         slices: Address,
         chunks: Address,
+        adapter_of: Address,
         n_chunks: i64,
         n_adapters: i64,
         n_triplets: i64,
@@ -868,6 +869,7 @@ impl CudaAllocator {
             adapters: self.at(self.layout.adapters),
             slices: self.at(self.layout.slices),
             chunks: self.at(self.layout.chunks),
+            adapter_of: self.at(self.layout.adapter_of),
             n_chunks: self.n_chunks as i64,
             n_adapters: model.geometries.len() as i64,
             n_triplets: model.triplets() as i64,

@@ -1801,9 +1801,10 @@ struct FinishArguments {
   const Adapter* adapters;
   const Slice* slices;
   const Chunk* chunks;
+  const uint32_t* adapter_of;
   int64_t n_chunks, n_adapters, n_triplets;
 };
-static_assert(sizeof(FinishArguments) == 104);
+static_assert(sizeof(FinishArguments) == 112);
 
 __device__ inline bool is_kept(const FinishArguments& args, int64_t triplet) {
   switch (args.plan->pattern) {
@@ -1812,6 +1813,18 @@ __device__ inline bool is_kept(const FinishArguments& args, int64_t triplet) {
     case PATTERN_ONES: return true;
     default: return args.pattern[triplet] != 0;
   }
+}
+
+// E of a triplet becomes 0, where this process owns it.
+__device__ inline void mask(const FinishArguments& args, int64_t triplet) {
+  const Adapter& adapter = args.adapters[args.adapter_of[triplet]];
+  const int64_t i = triplet - adapter.first_triplet;
+  const int32_t last = adapter.slices[FACTOR_E + 1];
+  const int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_E], last, i);
+  if (s == last || args.slices[s].begin > i) return;
+  const Slice& slice = args.slices[s];
+  store<double>(slice.p, slice.p_dtype, i - slice.begin, 0.0);
+  if (slice.p_low) store<double>(slice.p_low, slice.low_dtype, i - slice.begin, 0.0);
 }
 
 __device__ inline void zero(void* array, int32_t dtype, const Chunk& chunk) {
@@ -2528,31 +2541,26 @@ KERNEL(allocator_select, allocator::SelectArguments) {
 KERNEL(allocator_finish, allocator::FinishArguments) {
   using namespace allocator;
   const Plan& plan = *args.plan;
-  if (plan.clears || plan.masks) {
+  if (plan.clears) {
     for (int64_t c = blockIdx.x; c < args.n_chunks; c += gridDim.x) {
       const Chunk chunk = args.chunks[c];
       const Slice& slice = args.slices[chunk.slice];
-      if (plan.clears) {
-        zero(slice.exp_avg_ipt, slice.state_dtype, chunk);
-        zero(slice.exp_avg_unc, slice.state_dtype, chunk);
-        if (plan.clears == CLEARS_MOMENTS_TOO && slice.m) {
-          zero(slice.m, slice.state_dtype, chunk);
-          zero(slice.v, slice.state_dtype, chunk);
-        }
-      }
-      if (plan.masks && slice.factor == FACTOR_E) {
-        const int64_t first = args.adapters[slice.adapter].first_triplet + slice.begin;
-        for (int64_t i = chunk.begin + threadIdx.x; i < chunk.begin + chunk.count; i += THREADS) {
-          if (is_kept(args, first + i)) continue;
-          store<double>(slice.p, slice.p_dtype, i, 0.0);
-          if (slice.p_low) store<double>(slice.p_low, slice.low_dtype, i, 0.0);
-        }
+      zero(slice.exp_avg_ipt, slice.state_dtype, chunk);
+      zero(slice.exp_avg_unc, slice.state_dtype, chunk);
+      if (plan.clears == CLEARS_MOMENTS_TOO && slice.m) {
+        zero(slice.m, slice.state_dtype, chunk);
+        zero(slice.v, slice.state_dtype, chunk);
       }
     }
   }
   const int64_t thread = int64_t(blockIdx.x) * THREADS + threadIdx.x, threads = int64_t(gridDim.x) * THREADS;
-  if (plan.pattern != PATTERN_STAYS)
-    for (int64_t i = thread; i < args.n_triplets; i += threads) args.pattern[i] = is_kept(args, i) ? 1 : 0;
+  if (plan.masks || plan.pattern != PATTERN_STAYS) {
+    for (int64_t i = thread; i < args.n_triplets; i += threads) {
+      const bool kept = is_kept(args, i);
+      if (plan.masks && !kept) mask(args, i);
+      args.pattern[i] = kept ? 1 : 0;
+    }
+  }
   if (plan.clocks == CLOCKS_ADVANCE)
     for (int64_t i = thread; i < args.n_adapters; i += threads)
       args.clocks[i] += !args.has_grad || args.has_grad[i] != 0 ? 1 : 0;
