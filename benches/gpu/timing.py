@@ -38,6 +38,15 @@ class Times(NamedTuple):
         return Times({name: ms / n for name, ms in self.ms.items()}, kernels)
 
 
+def described(error: BaseException | None) -> str:
+    """An error and those before it: the end of a broken capture hides what broke it."""
+    texts = []
+    while error is not None:
+        texts.append(f"{type(error).__name__}: {error}")
+        error = error.__context__
+    return ", after ".join(texts)
+
+
 class Timer:
     """Times work on a device.
 
@@ -72,7 +81,7 @@ class Timer:
             try:
                 found[f"{name}_graph"] = self._captured(work)
             except Exception as error:
-                self.notes.append(f"{name}: cannot be captured: {type(error).__name__}: {error}")
+                self.notes.append(f"{name}: cannot be captured: {described(error)}")
                 print(self.notes[-1], flush=True)
         return found
 

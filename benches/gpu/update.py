@@ -35,8 +35,10 @@ class OverC:
         self.allocator = adalora.Allocator(self.on, self.adapters, target_r=max(rank // 3, 1), **schedule)
         value = lambda number, dtype: torch.full((1,), number, dtype=dtype, device=device)  # noqa: E731
         self.step_number = value(FIRST_STEP, torch.int64)
-        self.factor, self.squares, self.penalty = value(1, torch.float64), *(value(0, torch.float64) for _ in range(2))
-        self.found_inf = value(0, torch.float32)
+        self.factor, self.penalty = value(1, torch.float64), value(0, torch.float64)
+        # What a step begins with as zeros lies side by side.
+        self.zeroed = torch.zeros(2, dtype=torch.float64, device=device)
+        self.squares, self.found_inf = self.zeroed[:1], self.zeroed[1:].view(torch.float32)[:1]
         hyper = adalora.Hyper(
             value(LR, torch.float64), weight_decay=value(WEIGHT_DECAY, torch.float64), context=self.on
         )
@@ -66,8 +68,7 @@ class OverC:
         """Clipping, AdamW with importance, and what the schedule says."""
         stream = self.timer.stream
         self.step_number.add_(1)
-        self.squares.zero_()
-        self.found_inf.zero_()
+        self.zeroed.zero_()
         self.allocator.gradient_norm(self.values, stream=stream)
         self.on.gradient_factor(self.values, max_norm=MAX_NORM, stream=stream)
         self.allocator.step(self.values, stream=stream)
