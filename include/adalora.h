@@ -1127,9 +1127,9 @@ adalora_status_t adalora_context_create(const struct adalora_context_desc_t *des
 // Takes now what the context would otherwise take at its first computation: the pool's threads on the CPU; on CUDA, the
 // device's primary context, the kernels, and two cuBLAS handles where none was lent, so that two calls at a time enqueue
 // products and others wait for them. May allocate and synchronise; after it none but binds and what has _sync in its name
-// does. (CUDA itself loads the code of most kernels, cuBLAS's too, at their first launch, unless CUDA_MODULE_LOADING in
-// the environment is EAGER.) Not beside a capture, here and where a context ends: CUDA may break off what any stream of
-// the process has begun to capture.
+// does. (CUDA itself loads the code of cuBLAS's kernels, and with drivers before that of CUDA 12.4 of this library's, at
+// their first launch, unless CUDA_MODULE_LOADING in the environment is EAGER.) Not beside a capture, here and where a
+// context ends: CUDA may break off what any stream of the process has begun to capture.
 //
 // @param stream A `cudaStream_t` on CUDA; not read on the CPU.
 // @return `ADALORA_ERROR_INVALID_STATE` where the stream is being captured into a graph: prepare first.

@@ -161,6 +161,30 @@ TEST_F(Threads, ShareOneAllocatorInConstCalls) {
   for (std::future<int>& thread : threads) EXPECT_EQ(thread.get(), 0);
 }
 
+class Drivers : public OnSoftware {
+ protected:
+  void TearDown() override {
+    if (!IsSkipped()) cuda::software::driver(13000);
+  }
+};
+
+// Newer ones load it when the context is prepared: nothing is left to a launch, which a capture would not survive.
+TEST_F(Drivers, OfCuda123LoadCodeAtFirstLaunches) {
+  Training expected(device(), device().context(), training_types[1]);
+  expected.enqueue(device().stream());
+  const std::vector<Bytes> buffers = expected.buffers();
+  for (const int version : {12030, 12040}) {
+    cuda::software::driver(version);
+    const int64_t loads = cuda::software::calls("cuFuncLoad");
+    const Context context = cuda::context();
+    require(adalora_context_prepare(context.get(), device().stream()));
+    EXPECT_EQ(cuda::software::calls("cuFuncLoad") > loads, version == 12040) << version;
+    Training found(device(), context.get(), training_types[1]);
+    found.enqueue(device().stream());
+    EXPECT_EQ(found.buffers(), buffers) << version;
+  }
+}
+
 // CUDA does not survive a fork: the child is told so, and may destroy what its parent made.
 TEST_F(Threads, AreNotForked) {
   Context context = cuda::context();

@@ -428,11 +428,16 @@ int64_t software_cuda_pending() {
 const char* software_cuda_problem() {
   return locked([](State& all) { return all.problem.c_str(); });
 }
+void software_cuda_driver(int version) {
+  locked([&](State& all) { all.driver = version; });
+}
+
 void software_cuda_reset() {
   locked([](State& all) {
     for (const auto& context : all.contexts) context->destroy();
     all.captures.clear();
     all.fail_in = 0;
+    all.driver = NEWEST_DRIVER;
     all.failed_call.clear();
     all.problem.clear();
     ++all.generation;

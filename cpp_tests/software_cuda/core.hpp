@@ -133,6 +133,7 @@ struct CUfunc_st {
   software_cuda::Context* context;
   size_t number;
   CUmod_st* module;
+  bool loaded = false;
 };
 
 struct CUmod_st {
@@ -204,6 +205,9 @@ struct Context {
   void follow(cudaStream_t stream, std::vector<OperationRef>& needs);
 };
 
+// As CUDA counts versions.
+constexpr int NEWEST_DRIVER = 13000;
+
 struct State {
   std::recursive_mutex mutex;
   std::vector<std::unique_ptr<Context>> contexts;
@@ -212,6 +216,7 @@ struct State {
   std::map<std::string, int64_t> calls_of;
   std::string failed_call, problem;
   uint64_t random = 1;
+  int driver = NEWEST_DRIVER;
   int64_t generation = 0;  // of resets
   int pid = 0;
 };

@@ -158,6 +158,7 @@ int cuCtxPopCurrent_v2(CUcontext* context);
 int cuModuleLoadData(CUmodule* module, const void* image);
 int cuModuleUnload(CUmodule module);
 int cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name);
+int cuFuncLoad(CUfunction function);
 int cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared_bytes, cudaStream_t stream, void** params,
                    void** extra);

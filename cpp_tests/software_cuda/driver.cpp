@@ -59,16 +59,22 @@ void load(CUmod_st& module, const std::string& image, const std::vector<KernelIn
   }
 }
 
+CUfunc_st& known_function(Context& context, CUfunction function) {
+  for (const auto& [handle, module] : context.modules)
+    for (const auto& [name, other] : module->functions)
+      if (other.get() == function) return *function;
+  refuse(cudaErrorInvalidResourceHandle, "not a function of a module of the current context");
+}
+
 void launch(CUfunction function, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared_bytes,
             cudaStream_t stream_handle, void** params, void** extra) {
   Context& context = needs_current();
-  bool known = false;
-  for (const auto& [handle, module] : context.modules)
-    for (const auto& [name, other] : module->functions) known |= other.get() == function;
-  if (!known) refuse(cudaErrorInvalidResourceHandle, "not a function of a module of the current context");
+  known_function(context, function);
   const KernelInfo& kernel = context.process->kernels()[function->number];
   const std::string name = kernel.name;
   const cudaStream_t stream = find_stream(context, stream_handle);
+  if (!function->loaded) forbid_in_capture(name + ": loading its code, which a first launch does");
+  function->loaded = true;
   const auto triple = [](const unsigned (&t)[3]) {
     return "[" + std::to_string(t[0]) + ", " + std::to_string(t[1]) + ", " + std::to_string(t[2]) + "]";
   };
@@ -183,6 +189,13 @@ int cuModuleGetFunction(CUfunction* function, CUmodule handle, const char* name)
     const auto found = module.functions.find(name);
     if (found == module.functions.end()) refuse(cudaErrorSymbolNotFound, std::string("the PTX has no kernel ") + name);
     *function = found->second.get();
+  });
+}
+
+int cuFuncLoad(CUfunction function) {
+  return guarded("cuFuncLoad", cudaErrorMemoryAllocation, [&] {
+    forbid_in_capture("loading a kernel's code");
+    known_function(needs_current(), function).loaded = true;
   });
 }
 

@@ -151,6 +151,7 @@ Context& device(int number) {
 struct EntryPoint {
   const char* name;
   void* function;
+  int since = 0;  // The driver that it came with.
 };
 const EntryPoint entry_points[] = {
     {"cuDeviceGet", reinterpret_cast<void*>(cuDeviceGet)},
@@ -162,6 +163,7 @@ const EntryPoint entry_points[] = {
     {"cuModuleLoadData", reinterpret_cast<void*>(cuModuleLoadData)},
     {"cuModuleUnload", reinterpret_cast<void*>(cuModuleUnload)},
     {"cuModuleGetFunction", reinterpret_cast<void*>(cuModuleGetFunction)},
+    {"cuFuncLoad", reinterpret_cast<void*>(cuFuncLoad), 12040},
     {"cuLaunchKernel", reinterpret_cast<void*>(cuLaunchKernel)},
     {"cuGetErrorName", reinterpret_cast<void*>(cuGetErrorName)},
     {"cuGetErrorString", reinterpret_cast<void*>(cuGetErrorString)},
@@ -179,7 +181,7 @@ int cudaGetDeviceCount(int* count) {
 }
 
 int cudaDriverGetVersion(int* version) {
-  return runtime("cudaDriverGetVersion", cudaErrorInvalidValue, [&] { *version = 13000; });
+  return runtime("cudaDriverGetVersion", cudaErrorInvalidValue, [&] { *version = state().driver; });
 }
 
 int cudaRuntimeGetVersion(int* version) {
@@ -242,7 +244,7 @@ int cudaGetDriverEntryPoint(const char* symbol, void** function, unsigned long l
     if (flags > 2) refuse(cudaErrorInvalidValue, "flags " + std::to_string(flags));
     *function = nullptr;
     for (const EntryPoint& point : entry_points)
-      if (strcmp(point.name, symbol) == 0) *function = point.function;
+      if (strcmp(point.name, symbol) == 0 && point.since <= state().driver) *function = point.function;
     if (*function == nullptr) tell("cudaGetDriverEntryPoint: no function has the base name " + std::string(symbol));
     if (status != nullptr) *status = *function == nullptr ? 1 : 0;
   });

@@ -31,6 +31,9 @@ int64_t software_cuda_calls_of(const char* function);
 // Streams, blocks and threads interleave as it says; also the environment's SOFTWARE_CUDA_SEED.
 void software_cuda_seed(uint64_t seed);
 
+// The driver's version, as `cudaDriverGetVersion` tells it: functions that came later are not there.
+void software_cuda_driver(int version);
+
 // Operations that were enqueued and have not run.
 int64_t software_cuda_pending();
 // What was wrong last, in words, as it stands on stderr; empty after a reset.

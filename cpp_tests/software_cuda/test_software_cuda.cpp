@@ -478,7 +478,7 @@ class Captures : public SoftwareCuda {
     memory = device(std::vector<float>(64, 1.0f));
     other = stream();
     origin = stream();
-    function("add");
+    ASSERT_EQ(cuFuncLoad(function("add")), cudaSuccess);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   }
   void begin(int mode = cudaStreamCaptureModeGlobal) { ASSERT_EQ(cudaStreamBeginCapture(origin, mode), cudaSuccess); }
@@ -503,6 +503,25 @@ class Captures : public SoftwareCuda {
   cudaStream_t origin, other;
   cudaGraph_t graph = nullptr;
 };
+
+TEST_F(Captures, FirstLaunchesLoadCode) {
+  CUmodule fresh = nullptr;
+  CUfunction add = nullptr;
+  ASSERT_EQ(cuModuleLoadData(&fresh, ptx), cudaSuccess);
+  ASSERT_EQ(cuModuleGetFunction(&add, fresh, "add"), cudaSuccess);
+  Add args{memory, memory, 64, 1.0f, 0};
+  void* params[] = {&args};
+  const auto launch = [&] { return cuLaunchKernel(add, 1, 1, 1, 64, 1, 1, 0, origin, params, nullptr); };
+  begin();
+  EXPECT_EQ(launch(), cudaErrorStreamCaptureUnsupported);
+  expect_words(problem(), {"add: loading its code, which a first launch does while a stream captures"});
+  EXPECT_EQ(end(), cudaErrorStreamCaptureInvalidated);
+  ASSERT_EQ(launch(), cudaSuccess);
+  begin();
+  EXPECT_EQ(launch(), cudaSuccess);
+  EXPECT_EQ(end(), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+}
 
 TEST_F(Captures, RecordAndReplay) {
   begin();

@@ -290,6 +290,8 @@ void fail(int64_t n) { function<decltype(software_cuda_fail_call)>("software_cud
 
 std::string failed() { return function<decltype(software_cuda_failed_call)>("software_cuda_failed_call")(); }
 
+void driver(int version) { function<decltype(software_cuda_driver)>("software_cuda_driver")(version); }
+
 std::vector<int64_t> living() {
   std::vector<int64_t> all;
   for (int kind : {SOFTWARE_CUDA_ALLOCATIONS, SOFTWARE_CUDA_STREAMS, SOFTWARE_CUDA_EVENTS,

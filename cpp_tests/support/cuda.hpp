@@ -119,6 +119,8 @@ int64_t calls(const char* name = nullptr);
 void fail(int64_t n);
 // The function whose call was made to fail since; empty: it has not come.
 std::string failed();
+// As CUDA counts versions.
+void driver(int version);
 // How many there are of each kind of object.
 std::vector<int64_t> living();
 }  // namespace software

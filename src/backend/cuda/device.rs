@@ -402,6 +402,12 @@ impl Ready {
                     let code =
                         unsafe { (driver.cuModuleGetFunction)(&raw mut function, *module, kernel.name().as_ptr()) };
                     driver.check(format_args!("cuModuleGetFunction of {}", kernel.name().to_string_lossy()), code)?;
+                    if let Some(loader) = &libraries.loader {
+                        // At a first launch CUDA may wait and allocate to load the code, which no capture allows.
+                        // SAFETY: a function of a loaded module.
+                        let code = unsafe { (loader.cuFuncLoad)(function) };
+                        driver.check(format_args!("cuFuncLoad of {}", kernel.name().to_string_lossy()), code)?;
+                    }
                     functions.push(Function(function));
                 }
                 for _ in 0..handles {

@@ -120,6 +120,13 @@ table! {
 }
 
 table! {
+    /// What drivers have from CUDA 12.4 on.
+    Loader {
+        cuFuncLoad: fn(Opaque) -> c_int;
+    }
+}
+
+table! {
     /// `libcublas`.
     Cublas {
         cublasCreate_v2: fn(*mut Handle) -> c_int, as cublas::cublasCreate_v2: cublas::cublasStatus_t;
@@ -359,6 +366,8 @@ fn find(lent_handle: bool) -> Result<Found> {
 pub(super) struct Libraries {
     pub(super) runtime: Runtime,
     pub(super) driver: Driver,
+    /// Where the driver has it.
+    pub(super) loader: Option<Loader>,
     pub(super) blas: Cublas,
     /// How many devices there are.
     pub(super) devices: c_int,
@@ -424,26 +433,29 @@ impl Libraries {
                 Version(OLDEST_DRIVER)
             )));
         }
-        let mut failure = None;
-        let driver = Driver::load(|name| {
+        let entry_point = |name: &CStr| {
             let (mut function, mut found) = (std::ptr::null_mut(), 0);
             // SAFETY: a zero-terminated name; a function and a number are written.
             let code =
                 unsafe { (runtime.cudaGetDriverEntryPoint)(name.as_ptr(), &raw mut function, 0, &raw mut found) };
-            if let Err(e) = runtime.check(format_args!("cudaGetDriverEntryPoint of {}", name.to_string_lossy()), code) {
-                failure.get_or_insert(e);
-                return std::ptr::null_mut();
-            }
-            function
-        });
-        let driver = match (driver, failure) {
-            (Ok(driver), _) => driver,
-            (Err(_), Some(failure)) => return Err(located(failure)),
-            (Err(missing), None) => {
-                return Err(unavailable(format!("the driver lacks {}; {place}", missing.join(", "))));
-            }
+            runtime
+                .check(format_args!("cudaGetDriverEntryPoint of {}", name.to_string_lossy()), code)
+                .map(|()| function)
         };
-        Ok(Self { runtime, driver, blas, devices, description: place })
+        let mut failure = None;
+        let mut find = |name: &CStr| {
+            entry_point(name).unwrap_or_else(|e| {
+                failure.get_or_insert(e);
+                std::ptr::null_mut()
+            })
+        };
+        let (driver, loader) = (Driver::load(&mut find), Loader::load(&mut find));
+        if let Some(failure) = failure {
+            return Err(located(failure));
+        }
+        let lacking = |missing: Missing| unavailable(format!("the driver lacks {}; {place}", missing.join(", ")));
+        let (driver, loader) = (driver.map_err(lacking)?, loader.ok());
+        Ok(Self { runtime, driver, loader, blas, devices, description: place })
     }
 
     /// Versions and paths.
