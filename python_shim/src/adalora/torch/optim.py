@@ -264,15 +264,17 @@ class AdamW(torch.optim.AdamW):
         self._rate_values = torch.zeros(len(self.param_groups), 2, dtype=torch.float64, device=params[0].device)
         self._set_hypers()
         allocator.use_moments(self._moments, [int(found[0]) for found in steps])
-        self._known = [(p, m, v) for p, (m, v, _) in zip(params, self._moments, strict=True) if p in numbers]
+        self._known = [(state, m, v) for state, (m, v, _) in zip(states, self._moments, strict=True) if state]
+        self._states = list(self.state.values())
         self._pairing = key
 
     def _state_is_known(self) -> bool:
         """Whether the moments are those that the allocator has: trainers load and clear `state` by hand, too."""
-        states = self.state
-        return all(
-            p in states and states[p].get("exp_avg") is m and states[p].get("exp_avg_sq") is v
-            for p, m, v in self._known
+        # Other parameters' may have come since. To look parameters up would take longer than the rest of a small step.
+        return (
+            len(self.state) >= len(self._states)
+            and all(map(operator.is_, self._states, self.state.values()))
+            and all(s.get("exp_avg") is m and s.get("exp_avg_sq") is v for s, m, v in self._known)
         )
 
     def _set_hypers(self) -> None:
