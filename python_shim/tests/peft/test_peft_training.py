@@ -162,6 +162,21 @@ def test_the_penalty_is_in_the_loss_in_training_alone():
     assert torch.equal(ours.base_model(*batch).loss, bare)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_step_has_the_penalty_and_no_break():
+    model = accelerated(peft_model())
+    eager = copy.deepcopy(model)
+    # Before anything native is made.
+    compiled = torch.compile(model.base_model, backend="aot_eager", fullgraph=True)
+    batch = next(batches())
+    for run in (compiled, eager.base_model):
+        run(*batch).loss.backward()
+    for p, q in zip(trained(model).values(), trained(eager).values(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+    loss, task = compiled(*batch).loss, eager.eval().base_model(*batch).loss
+    torch.testing.assert_close(loss - task, eager.base_model.orthogonality_loss(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_penalty_that_is_not_in_the_loss_is_reported_once():
     model = accelerated(peft_model())
     optimizer = adamw(model)

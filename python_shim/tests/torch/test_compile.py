@@ -270,6 +270,20 @@ def test_a_compiled_run_takes_the_same_masks():
     compare(parameters[1], parameters[0], 1e-3)
 
 
+def test_the_penalty_in_the_loss_is_within_the_graph():
+    model, x = block(), inputs(2, 5)
+    allocator = RankAllocator(model)
+
+    def run(x: Tensor) -> Tensor:
+        return model(x) + allocator.orthogonality_loss(0.3)
+
+    # Before eager mode has bound anything.
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        compare(results(compiled, model, x), results(run, model, x))
+        randomize(model, "default")
+
+
 def test_an_error_while_compiling_says_what_was_expected():
     model = block()
     with torch.no_grad():
@@ -340,6 +354,27 @@ def test_operators_keep_the_rules_of_their_kind():
                 torch.library.opcheck(torch.ops.adalora.svd_linear_backward.default, backward)
 
 
+# Likewise.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_penalty_as_an_operator(dtype):
+    shapes = (3, 6), (3, 1), (4, 3), (2, 5), (2, 1), (7, 2)
+    params = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(torch.ops.adalora.orthogonality.default, (params, 0.5), test_utils=checks)
+    wide = [p.detach().double().requires_grad_() for p in params]
+    factors = [factor for A, B in zip(wide[::3], wide[2::3], strict=True) for factor in (A, B.T)]
+    expected = 0.5 / 4 * sum((each @ each.T - torch.eye(len(each))).norm() for each in factors)
+    found = torch.ops.adalora.orthogonality(params, 0.5)[0]
+    close = {"check_dtype": False, "rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found, expected.detach(), **close)
+    trained = [k for k in range(6) if k % 3 != 1]
+    grads = [torch.autograd.grad(3 * y, [p[k] for k in trained]) for y, p in ((found, params), (expected, wide))]
+    for one, other in zip(*grads, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other, **close)
+
+
 def test_finite_differences_of_the_operator():
     shapes = (2, 3, 6), (2, 3, 4), (3, 6), (3, 1), (4, 3)
     torch.manual_seed(4)
@@ -391,6 +426,33 @@ def test_functional_call_takes_other_parameters():
     compare([compiled(plain, x)], [found])
     grads = torch.func.grad(lambda other: run(other, x).square().sum())(plain)
     compare([grads[name] for name, _ in changed.named_parameters()], list(expected))
+
+
+class Penalised(nn.Module):
+    """The penalty of a block's adapters, for whatever parameters are in their places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.allocator = model, RankAllocator(model)
+
+    def forward(self) -> Tensor:
+        return self.allocator.orthogonality_loss()
+
+
+def test_functional_call_of_the_penalty():
+    module = Penalised(block())
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    plain = {name: p.detach() for name, p in trained.items()}
+    run = lambda params: torch.func.functional_call(module, params, ())  # noqa: E731
+    grads = torch.func.grad(run)(plain)
+    expected = torch.autograd.grad(module(), list(trained.values()), allow_unused=True)
+    for name, grad in zip(trained, expected, strict=True):
+        torch.testing.assert_close(grads[name], torch.zeros_like(plain[name]) if grad is None else grad)
+    first = next(iter(plain))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.func.grad(lambda params: torch.func.grad(run)(params)[first].sum())(plain)
+    with pytest.raises(adalora.UnsupportedError, match="orthogonality_loss: expected tensors without vmap's dimension"):
+        torch.func.vmap(run)({name: torch.stack([p, p]) for name, p in plain.items()})
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

@@ -16,6 +16,8 @@ from ..allocator import Standing
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from ..torch import AdaLoraConfig as CheckedConfig
 from ..torch import RankAllocator as LayersAllocator
+from ..torch.functional import traced
+from ..torch.operators import penalty_by_operator
 from ..torch.steps import OptimizerSteps
 from ..values import StepValues
 
@@ -181,6 +183,11 @@ class RankAllocator:
             weight: of the penalty; None: the configuration's `orth_reg_weight`.
 
         """
+        if traced():
+            # A compiler makes nothing native.
+            factors = ((layer.lora_A, layer.lora_E, layer.lora_B) for layer in self.layers().values())
+            params = [factor[self.adapter_name] for each in factors for factor in each]
+            return penalty_by_operator(params, self.peft_config.orth_reg_weight if weight is None else weight)
         return self._for().orthogonality_loss(weight)
 
     def orthogonality(self, weight: float | None = None, *, loss_scale: float | Tensor = 1.0) -> Tensor:

@@ -1,4 +1,5 @@
-"""The operators that compiled and exported graphs hold: `torch.ops.adalora.svd_linear` and its backward pass.
+"""The operators that compiled and exported graphs hold: `torch.ops.adalora.svd_linear` and its backward pass, and
+`torch.ops.adalora.orthogonality`.
 
 They change no argument, so that PyTorch's compilers may reorder them; eager mode has `autograd.Function`, which costs
 less for each call and works in place.
@@ -8,14 +9,17 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..allocator import Allocator, Slice
 from ..errors import InvalidArgumentError, UnsupportedError
-from .functional import Part, param_dtype, prepared
+from .functional import Part, context, current_stream, native_adapter, param_dtype, prepared
+from .penalty import Penalty, state_dtype
 
 _library = torch.library.Library("adalora", "DEF")
 _library.define(
@@ -28,6 +32,7 @@ _library.define(
     "float lora_dropout, Tensor? seed, bool with_dx) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_library.define("orthogonality(Tensor[] params, float weight) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
 
 
 def _svd_linear(
@@ -88,7 +93,50 @@ def _svd_linear_backward(
     return dx, *grads
 
 
-for _name, _kernel in (("svd_linear", _svd_linear), ("svd_linear_backward", _svd_linear_backward)):
+class _Penalties(threading.local):
+    """Memory for the penalty, each thread's own: by device, stream and geometry."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, tuple[Penalty, list[Tensor]]] = {}
+
+
+_penalties = _Penalties()
+
+
+def _orthogonality(params: Sequence[Tensor], weight: float) -> list[Tensor]:
+    """The penalty of adapters' A, E and B, and its gradients for all of them."""
+    params = [p.detach().contiguous() for p in params]
+    device = params[0].device
+    stream = current_stream(device)
+    on, key = context(device), (device, stream, tuple((p.shape, p.dtype) for p in params))
+    if key not in _penalties.known:
+        adapters = [
+            native_adapter(on, A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype)
+            for A, B in zip(params[::3], params[2::3], strict=True)
+        ]
+        if len(_penalties.known) == 8:
+            _penalties.known.clear()
+        # The penalty asks for no schedule, and for no averages.
+        penalty = Penalty(Allocator(on, adapters, target_r=0, total_step=1), params)
+        averages = [torch.empty((2, *p.shape), dtype=state_dtype(p), device=device) for p in params]
+        _penalties.known[key] = penalty, averages
+    penalty, averages = _penalties.known[key]
+
+    def slices(grads: Sequence[Tensor]) -> list[Slice]:
+        each = enumerate(zip(params, grads, averages, strict=True))
+        return [Slice(k // 3, "AEB"[k % 3], p, grad, *pair) for k, (p, grad, pair) in each]
+
+    value = torch.empty((), dtype=torch.float64, device=device)
+    grads = penalty.gradients(params, slices, weight, value, stream)
+    # An operator's outputs share no memory.
+    return [value.to(state_dtype(params[0])), *(grad.clone() for grad in grads)]
+
+
+for _name, _kernel in (
+    ("svd_linear", _svd_linear),
+    ("svd_linear_backward", _svd_linear_backward),
+    ("orthogonality", _orthogonality),
+):
     for _backend in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _backend)
 
@@ -117,6 +165,12 @@ def _(
     return (like[0] if dx else x.new_empty(0), *like[1:])
 
 
+@torch.library.register_fake("adalora::orthogonality", lib=_library)
+def _(params: Sequence[Tensor], weight: float) -> list[Tensor]:
+    like = [torch.empty_like(p, dtype=state_dtype(p), memory_format=torch.contiguous_format) for p in params]
+    return [params[0].new_empty((), dtype=state_dtype(params[0])), *like]
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, A, E, B, ctx.scaling, ctx.lora_dropout, seed, weight = inputs
     ctx.save_for_backward(x, output[1], A, E, B, seed, weight)
@@ -138,6 +192,23 @@ def _backward(ctx: Any, dy: Tensor | None, _: None, gradients: Any = None) -> tu
     return dx, dy, *grads, None, None, None, None
 
 
+def _save_penalty(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    ctx.dtypes = [p.dtype for p in inputs[0]]
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _penalty_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    d, *second = gradients
+    if any(each is not None for each in second):
+        _refuse_second(ctx)
+    if d is None:
+        return [None] * len(second), None
+    scaled = enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+    # E has no part in it.
+    return [(grad * d).to(dtype) if k % 3 != 1 else None for k, (grad, dtype) in scaled], None
+
+
 def _refuse_second(ctx: Any, *_: Any) -> None:
     raise RuntimeError("an adapter's gradients cannot be differentiated again: they are once_differentiable")
 
@@ -146,10 +217,20 @@ def _refuse_vmap(*_: Any) -> None:
     raise UnsupportedError("svd_linear: expected tensors without vmap's dimension: give x further leading ones instead")
 
 
+def _refuse_vmap_of_penalty(*_: Any) -> None:
+    raise UnsupportedError("orthogonality_loss: expected tensors without vmap's dimension, found some with it")
+
+
 torch.library.register_autograd("adalora::svd_linear", _backward, setup_context=_save, lib=_library)
 torch.library.register_autograd("adalora::svd_linear_backward", _refuse_second, lib=_library)
+torch.library.register_autograd("adalora::orthogonality", _penalty_backward, setup_context=_save_penalty, lib=_library)
 for _name in ("svd_linear", "svd_linear_backward"):
     torch.library.register_vmap(f"adalora::{_name}", _refuse_vmap, lib=_library)
+torch.library.register_vmap("adalora::orthogonality", _refuse_vmap_of_penalty, lib=_library)
+
+
+def _in_functorch() -> bool:
+    return not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class _SVDLinear(torch.autograd.Function):
@@ -168,6 +249,15 @@ class _SVDLinearBackward(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
 
+class _Orthogonality(torch.autograd.Function):
+    """The penalty, likewise."""
+
+    forward = staticmethod(lambda weight, *params: tuple(torch.ops.adalora.orthogonality(params, weight)))
+    vmap = staticmethod(_refuse_vmap_of_penalty)
+    setup_context = staticmethod(lambda ctx, inputs, output: _save_penalty(ctx, (inputs[1:],), output))
+    backward = staticmethod(lambda ctx, *gradients: (None, *_penalty_backward(ctx, gradients)[0]))
+
+
 def by_operator(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     """What `svd_linear` computes, by one operator for each part."""
     outputs = []
@@ -175,8 +265,15 @@ def by_operator(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
         dtype = param_dtype(y.dtype, A.dtype, E.dtype, B.dtype)
         seed = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=x.device) if lora_dropout else None
         inputs = (x.to(y.dtype), y, A.to(dtype), E.to(dtype), B.to(dtype), scaling, lora_dropout, seed, weight)
-        if not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+        if _in_functorch():
             outputs.append(_SVDLinear.apply(*inputs)[0])
         else:
             outputs.append(torch.ops.adalora.svd_linear(*inputs)[0])
     return outputs
+
+
+def penalty_by_operator(params: Sequence[Tensor], weight: float) -> Tensor:
+    """The orthogonality penalty of adapters' A, E and B, to add to a loss."""
+    if _in_functorch():
+        return _Orthogonality.apply(weight, *params)[0]
+    return torch.ops.adalora.orthogonality(params, weight)[0]

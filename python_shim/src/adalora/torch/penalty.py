@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..allocator import Allocator, Slice
-from .functional import once_differentiable
+from .distributed import is_dtensor
+from .functional import once_differentiable, traced
 
 if TYPE_CHECKING:
     from .allocator import RankAllocator
@@ -23,6 +24,11 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 def orthogonality_loss(allocator: RankAllocator, weight: float | None, params: Sequence[Tensor]) -> Tensor:
     """The penalty as a value to add to the loss; see `RankAllocator.orthogonality_loss`."""
+    if traced() and not any(map(is_dtensor, params)):
+        # At its first use: the operators are made from what stands here.
+        from .operators import penalty_by_operator
+
+        return penalty_by_operator(params, allocator.config.orth_reg_weight if weight is None else weight)
     return _OrthogonalityLoss.apply(allocator, weight, *params)
 
 
