@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -337,6 +338,80 @@ def test_wrong_schedules_are_refused_when_accelerating():
     assert type(model.base_model) is theirs.AdaLoraModel
 
 
+# Compaction
+
+
+def loaded(folder: Path, *, trainable: bool = False, fast: bool = False) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        model = peft.PeftModel.from_pretrained(Network(), folder, is_trainable=trainable)
+    layers(model)["base_model.model.fc1"].fan_in_fan_out = False
+    layers(model)["base_model.model.fc3"].fan_in_fan_out = False
+    return adalora.peft.accelerate(model) if fast else model
+
+
+@pytest.mark.parametrize("alpha", [0, 8])
+@pytest.mark.parametrize("at", [27, STEPS, 33])
+def test_a_compacted_run_shrinks_and_goes_on_bit_for_bit(at, alpha, tmp_path):
+    data = list(batches(36))
+    whole = accelerated(peft_model(lora_alpha=alpha))
+    optimizer = adamw(whole)
+    run_from(whole, optimizer, 0, data[:at])
+    expected, params = whole(*data[0]).logits.detach(), list(whole.parameters())
+    kept = whole.base_model.rankallocator.ranks()
+    whole.base_model(*data[0]).loss.backward()
+    whole.base_model.rankallocator.compact(optimizer)
+    assert all(p is q for p, q in zip(params, whole.parameters(), strict=True))
+    torch.testing.assert_close(whole(*data[0]).logits, expected)
+    sizes = {"conv": (18, 3), "fc1": (12, 8), "fc2": (8, 8), "fc3": (8, 5)}
+    for path, r in kept.items():
+        layer, (n, m) = layers(whole)[f"base_model.model.{path}"], sizes[path]
+        assert layer.r["default"] == r
+        for factor, shape in (("A", (r, n)), ("E", (r, 1)), ("B", (m, r))):
+            p = getattr(layer, f"lora_{factor}")["default"]
+            assert p.shape == p.grad.shape == optimizer.state[p]["exp_avg"].shape == shape
+    optimizer.zero_grad()
+    assert whole.base_model.rankallocator.ranks() == kept
+
+    whole.save_pretrained(tmp_path)
+    save_training_state(tmp_path, allocator=whole.base_model.rankallocator, optimizer=optimizer)
+    torch.testing.assert_close(loaded(tmp_path)(*data[0]).logits, expected, rtol=1e-4, atol=1e-5)
+    runs = []
+    # In a new model, in one that has all triplets yet, and in a copy.
+    for model in (loaded(tmp_path, trainable=True, fast=True), accelerated(peft_model(lora_alpha=alpha))):
+        runs.append((model, adamw(model)))
+        load_training_state(tmp_path, allocator=model.base_model.rankallocator, optimizer=runs[-1][1])
+    runs[1][0].load_adapter(tmp_path, "default", is_trainable=True)
+    copied = copy.deepcopy(whole)
+    runs.append((copied, adamw(copied)))
+    runs[-1][1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run_from(whole, optimizer, at, data)
+    for model, other in runs:
+        run_from(model, other, at, data)
+        assert_equal(model, whole)
+        assert model.base_model.rankallocator.rank_pattern() == whole.base_model.rankallocator.rank_pattern()
+
+
+def test_a_run_is_not_compacted_before_its_last_mask():
+    model = accelerated(peft_model())
+    optimizer = adamw(model)
+    run_from(model, optimizer, 0, list(batches())[:12])
+    with pytest.raises(InvalidStateError, match="compact: expected a final pattern"):
+        model.base_model.rankallocator.compact(optimizer)
+
+
+def test_a_state_of_masked_triplets_that_the_file_leaves_out(tmp_path):
+    model = accelerated(peft_model())
+    optimizer = adamw(model)
+    run_from(model, optimizer, 0, list(batches()))
+    model.save_pretrained(tmp_path)
+    save_training_state(tmp_path, allocator=model.base_model.rankallocator, optimizer=optimizer)
+    resumed = loaded(tmp_path, trainable=True, fast=True)
+    with pytest.raises(InvalidArgumentError, match=r"as the model's file has, found 4: .* call rankallocator\.compact"):
+        load_training_state(tmp_path, allocator=resumed.base_model.rankallocator, optimizer=adamw(resumed))
+
+
 # Stopping and going on
 
 
@@ -356,14 +431,7 @@ def test_a_run_goes_on_bit_for_bit_from_its_files(at, tmp_path):
     save_training_state(tmp_path, allocator=whole.base_model.rankallocator, optimizer=optimizer)
     run_from(whole, optimizer, at, data)
 
-    torch.manual_seed(1)
-    base = Network()
-    with warnings.catch_warnings():
-        # Of Conv1D, as in `peft_model`.
-        warnings.simplefilter("ignore")
-        resumed = adalora.peft.accelerate(peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True))
-    layers(resumed)["base_model.model.fc1"].fan_in_fan_out = False
-    layers(resumed)["base_model.model.fc3"].fan_in_fan_out = False
+    resumed = loaded(tmp_path, trainable=True, fast=True)
     # Once the run is over, the file has fewer triplets, whose sums are rounded otherwise.
     close = {} if at == STEPS else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(resumed(*data[0]).logits, saved_output, **close)
@@ -468,16 +536,6 @@ def test_the_last_phase_goes_on_from_what_is_zero():
 
 
 # Files
-
-
-def loaded(folder, *, trainable: bool = False, fast: bool = False) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(1)
-        model = peft.PeftModel.from_pretrained(Network(), folder, is_trainable=trainable)
-    layers(model)["base_model.model.fc1"].fan_in_fan_out = False
-    layers(model)["base_model.model.fc3"].fan_in_fan_out = False
-    return adalora.peft.accelerate(model) if fast else model
 
 
 @pytest.mark.parametrize("alpha", [6, 0])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import AdaLoraLayer, deepspeed_config
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..allocator import Standing
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
@@ -156,7 +158,8 @@ class RankAllocator:
         over._native.scores(scores, stream=over._stream)
         kept = torch.zeros(n, dtype=torch.bool, device=scores.device)
         kept[scores.sort(descending=True, stable=True).indices[:budget]] = True
-        over.set_rank_pattern(dict(zip(over.layers, kept.split(self._ranks()), strict=True)))
+        flags = over._initial_pattern([each.tolist() for each in kept.split(self._ranks())])
+        over.set_rank_pattern(dict(zip(over.layers, flags, strict=True)))
         return self._pattern(over)
 
     def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: Mapping[str, list[bool]]) -> None:
@@ -222,6 +225,20 @@ class RankAllocator:
         self._final_pattern = self.peft_config.rank_pattern = self._pattern(over)
         return self._final_pattern
 
+    def compact(self, *optimizers: Optimizer) -> None:
+        """Take the masked triplets out of parameters, gradients and optimisers' states, once the last mask was taken.
+
+        What the model computes stays the same to rounding, and costs what the ranks that are left cost; so do its
+        files. Parameters stay the same objects; see `adalora.torch.RankAllocator.compact`.
+
+        Args:
+            optimizers: all that hold the adapter's parameters.
+
+        """
+        over = self._for()
+        over.compact(*optimizers)
+        self._note_ranks(over)
+
     def reset(self) -> None:
         """Begin a new run: pattern, clocks and averages as at the start; parameters stay."""
         self._for().reset()
@@ -236,9 +253,18 @@ class RankAllocator:
         return self._for().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing."""
-        over = self._for()
+        """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing.
+
+        The state of a compacted run compacts the model, where that has not happened.
+        """
+        over, there = self._for(), self._there(state_dict)
+        if there is not None and list(map(len, there.values())) != over.initial_ranks:
+            over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name, rank_pattern=there)
+        elif there is None and isinstance(state_dict, Mapping):
+            self._refuse_whole(state_dict)
         over.load_state_dict(state_dict)
+        self._over = over
+        self._note_ranks(over)
         self._take_over(over)
 
     def take_over(self, other: Any) -> None:
@@ -282,7 +308,8 @@ class RankAllocator:
             # With other ranks it is another run.
             self._carried = self._over.state_dict() if self._made_for[1] == ranks else None
         check_config(self.peft_config)
-        self._over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name)
+        there = None if self._carried is None else self._there(self._carried)
+        self._over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name, rank_pattern=there)
         self._made_for = schedule, self._ranks()
         # Before the optimiser's next step moves those that are masked.
         self._nonzero = {
@@ -291,15 +318,47 @@ class RankAllocator:
         if self._carried is not None:
             self._over.load_state_dict(self._carried)
             self._carried = None
+            self._note_ranks(self._over)
             self._take_over(self._over)
         return self._over
 
-    def _ranks(self) -> tuple[int, ...]:
-        name = self.adapter_name
+    def _ranks(self, layers: Mapping[str, AdaLoraLayer] | None = None) -> tuple[int, ...]:
+        name, layers = self.adapter_name, self._over.layers if layers is None else layers
         try:
-            return tuple(layer.lora_E[name].shape[0] for layer in self._over.layers.values())
+            return tuple(layer.lora_E[name].shape[0] for layer in layers.values())
         except KeyError:
             raise InvalidStateError(f"model: expected the adapter {name!r}, found it deleted") from None
+
+    def _there(self, state_dict: Mapping[str, Tensor]) -> dict[str, list[bool]] | None:
+        """Which of the initial triplets there are, where model and state are those of a compacted run."""
+        found = state_dict.get("rank_pattern") if isinstance(state_dict, Mapping) else None
+        pattern, layers = by_path(self.peft_config.rank_pattern or {}), self.layers()
+        if not isinstance(found, Tensor) or pattern.keys() != layers.keys():
+            return None
+        there = {path: list(pattern[path]) for path in layers}
+        if tuple(map(sum, there.values())) != self._ranks(layers) or list(chain(*there.values())) != found.tolist():
+            return None
+        return there
+
+    def _refuse_whole(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Refuse the state of a run that has masked triplets yet, where the model's file leaves them out."""
+        for path, kept in by_path(self.peft_config.rank_pattern or {}).items():
+            found, layer = state_dict.get(f"exp_avg_ipt.{path}.E"), self.layers().get(path)
+            there = None if layer is None else layer.lora_E[self.adapter_name].shape[0]
+            if isinstance(found, Tensor) and there == sum(kept) < len(kept) == len(found):
+                raise InvalidArgumentError(
+                    f"state_dict: expected {there} triplets in {path}, as the model's file has, found {len(found)}: to "
+                    "go on after the end of a run, call rankallocator.compact() before both are saved"
+                )
+
+    def _note_ranks(self, over: LayersAllocator) -> None:
+        """Let layers and configuration know which triplets there are."""
+        ranks = self._ranks(over.layers)
+        if ranks != self._made_for[1]:
+            for layer, r in zip(over.layers.values(), ranks, strict=True):
+                layer.r[self.adapter_name] = r
+            self.peft_config.rank_pattern = self._pattern(over)
+        self._made_for = self._made_for[0], ranks
 
     def _take_over(self, over: LayersAllocator) -> None:
         standing = over.standing()

@@ -158,11 +158,11 @@ class AdaLoraModel(theirs.AdaLoraModel):
                     kept = [True] * len(kept)
                 elif not all(kept):
                     state_dict.update(zip(keys, (A[index], E[index], B[:, index]), strict=True))
-                    if config.lora_alpha <= 0:
-                        # It stands for the rank, which PEFT takes for the one in the file.
-                        config.lora_alpha = config.init_r
             elif E.shape[0] != sum(kept):
                 raise InvalidArgumentError(f"rank_pattern[{path!r}]: expected {E.shape[0]} flags, found {len(kept)}")
+            if not all(kept) and config.lora_alpha <= 0:
+                # It stands for the rank, which PEFT takes for the one in the file.
+                config.lora_alpha = config.init_r
             saved[f"{path}.lora_E"] = kept
         config.rank_pattern = saved
         return state_dict

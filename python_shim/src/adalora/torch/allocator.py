@@ -96,6 +96,7 @@ class RankAllocator:
         adapter_name: str = "default",
         *,
         budget_unit: str = "triplets",
+        rank_pattern: Mapping[str, Sequence[bool]] | None = None,
     ) -> RankAllocator:
         """An allocator over layers of any make.
 
@@ -104,14 +105,21 @@ class RankAllocator:
             config: of the schedule.
             adapter_name: whose parameters.
             budget_unit: what the budget counts: "triplets", as in PEFT, or "parameters".
+            rank_pattern: for each layer, which of its initial triplets there are; None: all, or what `AdaLoraConfig`
+                says.
 
         """
         allocator = cls.__new__(cls)
-        allocator._begin(layers, config, adapter_name, budget_unit)
+        allocator._begin(layers, config, adapter_name, budget_unit, rank_pattern)
         return allocator
 
     def _begin(
-        self, layers: Mapping[str, AdaptedLayer], config: ScheduleConfig, adapter_name: str, budget_unit: str
+        self,
+        layers: Mapping[str, AdaptedLayer],
+        config: ScheduleConfig,
+        adapter_name: str,
+        budget_unit: str,
+        rank_pattern: Mapping[str, Sequence[bool]] | None = None,
     ) -> None:
         self.config = config
         self.adapter_name = adapter_name
@@ -146,9 +154,10 @@ class RankAllocator:
         self._bound_moments, self._bound_hypers = self.moments, self.hypers
         # Which of the initial triplets are there, for each layer, once the others were taken out.
         self._compacted: list[list[bool]] | None = None
-        pattern = compacted_pattern(config, self.layers) if isinstance(config, AdaLoraConfig) else None
-        if pattern is not None:
-            self._compacted = list(pattern.values())
+        if rank_pattern is None and isinstance(config, AdaLoraConfig):
+            rank_pattern = compacted_pattern(config, self.layers)
+        if rank_pattern is not None:
+            self._compacted = [list(rank_pattern[path]) for path in self.layers]
         # Those whose state compaction shrinks without being told.
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._make(self.parameters())
