@@ -47,7 +47,7 @@ SETTINGS = {
     "init_r": 3,
     "target_r": 1,
     "tinit": 2,
-    "tfinal": 4,
+    "tfinal": 3,
     "deltaT": 3,
     "total_step": STEPS,
     "orth_reg_weight": 0.4,

@@ -580,8 +580,10 @@ class RankAllocator:
             self._native.step(values, with_adamw=with_adamw, stream=self._stream)
             return
         self._native.update(values, with_adamw=with_adamw, stream=self._stream)
-        # A step without a mask looks at no score.
-        scores = self._reduced_scores() if self.budget(int(global_step)).masks else self._no_scores
+        # A step without a mask looks at no score; the last mask falls on its step whatever deltaT is.
+        step = int(global_step)
+        masks = step == self._last_mask or self.budget(step).masks
+        scores = self._reduced_scores() if masks else self._no_scores
         self._native.select(values, scores, stream=self._stream)
 
     def _reduced_scores(self) -> Tensor:
@@ -610,6 +612,7 @@ class RankAllocator:
             ranknum = 0 if self._compacted is None else len(self._compacted[k])
             adapters.append(native_adapter(on, A.shape[1], B.shape[0], A.shape[0], A.dtype, A.dtype, ranknum=ranknum))
         self._native = self._native_allocator(on, adapters)
+        self._last_mask = self.config.total_step - self.config.tfinal
         self._sharded_penalty: ShardedPenalty | None = None
         self._loss_penalty: Penalty | None = None
         self._no_scores = torch.zeros(self._native.total_rank, dtype=torch.float64, device=device)

@@ -199,9 +199,14 @@ def any_is_not_finite(tensors: Iterable[Tensor]) -> Tensor:
         norm = get_total_norm(parts, float("inf")) if parts else torch.zeros((), device=each[0].device)
         flag = (~norm.isfinite()).float()
         if mesh is not None:
-            from torch.distributed.tensor import DTensor, Partial
+            from torch.distributed.tensor import DTensor, Partial, Replicate
 
-            flag = DTensor.from_local(flag, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
+            # Over replicas everything is equal.
+            placements = [
+                Replicate() if all(placement.is_replicate() for placement in along) else Partial("max")
+                for along in zip(*(tensor.placements for tensor in each), strict=True)
+            ]
+            flag = DTensor.from_local(flag, mesh, placements, run_check=False).full_tensor()
         found.append(flag)
     return (
         torch.stack([flag.to(found[0].device) for flag in found]).any() if found else torch.zeros((), dtype=torch.bool)
