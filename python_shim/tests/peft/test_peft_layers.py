@@ -140,6 +140,11 @@ def test_scalings_and_ranknum_are_what_they_are_now():
     for path, layer in layers(ours).items():
         expected = layers(theirs_)[path].get_delta_weight("default")
         torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-5, atol=1e-7)
+    # As PEFT writes it: autograd counts no change.
+    for model in (theirs_, ours):
+        for layer in layers(model).values():
+            layer.ranknum["default"].data.fill_(5.0)
+    assert_near(passes(ours, batch), passes(theirs_, batch), 1e-5)
 
 
 def test_inputs_are_cast_only_where_that_is_enabled():

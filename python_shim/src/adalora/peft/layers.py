@@ -43,8 +43,10 @@ class _Adapted:
         return scaling or sys.float_info.min
 
     def _ranknum(self, adapter_name: str) -> float:
-        """PEFT's ranknum, which may lie on a device: read again where it was replaced, moved or changed."""
+        """PEFT's ranknum; one on a device, which one waits for, again where it was replaced, moved or changed."""
         ranknum = self._modules["ranknum"]._parameters[adapter_name]
+        if ranknum.is_cpu:
+            return ranknum.item()
         version = None if ranknum.is_inference() else ranknum._version
         known, key = self.__dict__.setdefault("_ranknums", {}), (id(ranknum), ranknum.data_ptr(), version)
         if known.get(adapter_name, ((),))[0] != key:
