@@ -305,6 +305,24 @@ def test_steps_that_go_back_are_reported():
     assert model.base_model.rankallocator.standing().last_step == 0
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("followed", [[], [0, 1, 3]])
+def test_steps_without_a_call_are_reported(weight, followed):
+    # A copy, whose own allocator it is that does not follow.
+    model = copy.deepcopy(accelerated(peft_model(orth_reg_weight=weight)))
+    optimizer = adamw(model)
+    with pytest.warns(UserWarning, match="found 2 steps of AdamW and no call") as caught:
+        for number, batch in enumerate(batches(5)):
+            model.base_model(*batch).loss.backward()
+            optimizer.step()
+            if number in followed:
+                model.base_model.update_and_allocate(number)
+            optimizer.zero_grad()
+            assert len(caught) == (number >= (3 if followed else 1))
+            if len(caught):
+                break
+
+
 WRONG = {
     "target_r": [5, -1, 1.5],
     "init_r": [2.5, -3],

@@ -63,6 +63,8 @@ class RankAllocator:
         self._last_step = -1
         self._nonzero: dict[str, Tensor] = {}
         self._final_pattern: dict[str, list[bool]] | None = None
+        # Optimisers' steps, before anything is there that follows them.
+        self._unfollowed = OptimizerSteps(self._found_parameters)
         self.in_trainer = False
         """Whether a trainer's callback is at work: it adds the penalty's gradient itself, so that losses are without;
         and since the trainer loads what it has saved, files hold masked triplets until it ends."""
@@ -188,9 +190,8 @@ class RankAllocator:
         """
         if traced():
             # A compiler makes nothing native.
-            factors = ((layer.lora_A, layer.lora_E, layer.lora_B) for layer in self.layers().values())
-            params = [factor[self.adapter_name] for each in factors for factor in each]
-            return penalty_by_operator(params, self.peft_config.orth_reg_weight if weight is None else weight)
+            weight = self.peft_config.orth_reg_weight if weight is None else weight
+            return penalty_by_operator(self._found_parameters(), weight)
         return self._for().orthogonality_loss(weight)
 
     def orthogonality(self, weight: float | None = None, *, loss_scale: float | Tensor = 1.0) -> Tensor:
@@ -290,7 +291,13 @@ class RankAllocator:
 
     def __getstate__(self) -> dict[str, Any]:
         carried = self._carried if self._over is None else self._over.state_dict()
-        return {**self.__dict__, "_over": None, "_made_for": (), "_carried": carried}
+        state = {**self.__dict__, "_over": None, "_made_for": (), "_carried": carried}
+        del state["_unfollowed"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._unfollowed = OptimizerSteps(self._found_parameters)
 
     # What does the work
 
@@ -311,6 +318,7 @@ class RankAllocator:
         there = None if self._carried is None else self._there(self._carried)
         self._over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name, rank_pattern=there)
         self._made_for = schedule, self._ranks()
+        self._unfollowed.stop()
         # Before the optimiser's next step moves those that are masked.
         self._nonzero = {
             path: layer.lora_E[self.adapter_name].flatten() != 0 for path, layer in self._over.layers.items()
@@ -321,6 +329,10 @@ class RankAllocator:
             self._note_ranks(self._over)
             self._take_over(self._over)
         return self._over
+
+    def _found_parameters(self) -> list[nn.Parameter]:
+        factors = ((layer.lora_A, layer.lora_E, layer.lora_B) for layer in self.layers().values())
+        return [factor[self.adapter_name] for each in factors for factor in each]
 
     def _ranks(self, layers: Mapping[str, AdaLoraLayer] | None = None) -> tuple[int, ...]:
         name, layers = self.adapter_name, self._over.layers if layers is None else layers
