@@ -6,7 +6,6 @@ import copy
 import pickle
 import warnings
 
-import bitsandbytes
 import peft
 import pytest
 import torch
@@ -417,83 +416,6 @@ def test_grouped_convolutions(tmp_path):
         adalora.peft.uninstall()
     assert torch.equal(restored(x), expected)
     torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)
-
-
-# Layers whose base is not ours to see
-
-
-class Quantized(nn.Module):
-    """A linear layer that keeps its weight in eight bits."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.infeatures, self.outfeatures = base.in_features, base.out_features
-        self.scale = base.weight.detach().abs().max() / 127
-        self.register_buffer("qweight", (base.weight.detach() / self.scale).round().to(torch.int8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, (self.qweight * self.scale).to(x.dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_quantized_layers_are_pefts(dtype):
-    torch.manual_seed(6)
-    config = peft.AdaLoraConfig(target_modules=["0"], total_step=10, init_lora_weights=False, lora_alpha=4)
-    bare = Quantized(nn.Linear(12, 7))
-    theirs_ = nn.Sequential(theirs.SVDQuantLinear(bare, "default", config, r=3, lora_alpha=4))
-    ours = adalora.peft.accelerate(copy.deepcopy(theirs_))
-    assert repr(ours) == repr(theirs_)
-    x = torch.randn(5, 12, dtype=dtype)
-    outputs, grads = [], []
-    for model in (ours, theirs_):
-        own = x.clone().requires_grad_(True)
-        y = model(own)
-        y.float().square().sum().backward()
-        outputs.append(y)
-        grads.append([own.grad, *(p.grad for p in (model[0].lora_A["default"], model[0].lora_E["default"]))])
-    assert outputs[0].dtype == dtype
-    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(*outputs, **tolerance)
-    for found, expected in zip(*grads, strict=True):
-        assert (found - expected).abs().max() <= tolerance["rtol"] * expected.abs().max()
-    ours[0].enable_adapters(False)
-    assert torch.equal(ours(x), bare(x))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes_layers_are_pefts(bits, dtype):
-    torch.manual_seed(6)
-    kinds = {
-        8: lambda: bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False),
-        4: lambda: bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=dtype, quant_type="nf4"),
-    }
-    base = nn.Sequential(kinds[bits]())
-    base.load_state_dict(nn.Sequential(nn.Linear(64, 32)).state_dict())
-    # Moving it quantizes its weight.
-    base.to("cpu")
-    setattr(base, f"is_loaded_in_{bits}bit", True)
-    config = peft.AdaLoraConfig(target_modules=["0"], total_step=10, init_lora_weights=False)
-    x, dy = torch.randn(5, 64, dtype=dtype), torch.randn(5, 32, dtype=dtype)
-    made = []
-    for install in (False, True):
-        if install:
-            adalora.peft.install()
-        torch.manual_seed(7)
-        try:
-            made.append(peft.get_peft_model(copy.deepcopy(base), config).base_model.model[0])
-        finally:
-            adalora.peft.uninstall()
-    theirs_, ours = made
-    assert type(theirs_) is getattr(theirs, {8: "SVDLinear8bitLt", 4: "SVDLinear4bit"}[bits])
-    assert type(ours) is adalora.peft.layers.CLASSES[type(theirs_)]
-    ours.load_state_dict(theirs_.state_dict(), strict=False)
-    for name, found, expected in zip("yxAEB", layer_passes(ours, x, dy), layer_passes(theirs_, x, dy), strict=True):
-        # PEFT's 8-bit layer turns half precision into float32.
-        assert found.dtype == (dtype if name in "yx" else torch.float32)
-        assert (found - expected).abs().max() <= 2 * TYPES[dtype] * expected.abs().max(), name
-    ours.enable_adapters(False)
-    assert torch.equal(ours(x), base(x))
 
 
 # What is refused

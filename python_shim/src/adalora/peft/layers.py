@@ -10,6 +10,7 @@ import torch
 from peft.tuners import adalora as theirs
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..torch.convolution import svd_conv
@@ -169,12 +170,14 @@ class _Merging(_Adapted):
         self._merged_sum = _sum_of_bits(weight)
         self.merged_adapters += names
 
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise what `merge` would raise with `safe_merge`."""
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` would raise."""
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name in self.lora_A and name not in self.merged_adapters]
         if names:
-            self._merged(self._own_weight(), names, safe_merge=True)
+            weight = self._own_weight()
+            if safe_merge:
+                self._merged(weight, names, safe_merge)
 
     def _merged(self, weight: Tensor, names: list[str], safe_merge: bool) -> Tensor:
         merged = weight.detach().clone(memory_format=torch.contiguous_format)
@@ -224,7 +227,7 @@ class _Merging(_Adapted):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`scaling * B diag(E) A` in the shape of the base weight and the type of the parameters."""
         A, E, B = params = self.lora_A[adapter], self.lora_E[adapter], self.lora_B[adapter]
-        shape = self.get_base_layer().weight.shape
+        shape = self._weight_shape()
         if torch.is_grad_enabled() and any(p.requires_grad for p in params):
             # What the adapter makes of every unit vector can be differentiated.
             units = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
@@ -242,12 +245,20 @@ class _Merging(_Adapted):
         return delta
 
     def _own_weight(self) -> nn.Parameter:
-        base = self.get_base_layer()
-        if "weight" not in base._parameters:
-            raise UnsupportedError(
-                "merge: expected a base layer whose weight is a parameter of its own, found one that is computed"
-            )
-        return base.weight
+        weight, shape = self.get_base_layer()._parameters.get("weight"), self._weight_shape()
+        if weight is None:
+            found = "one that is computed"
+        elif not weight.is_floating_point() or is_traceable_wrapper_subclass(weight) or weight.shape != shape:
+            found = f"a {type(weight).__name__} of {weight.dtype} and shape {list(weight.shape)}"
+        else:
+            return weight
+        raise UnsupportedError(
+            "merge: expected a base layer whose weight is a floating-point parameter of its own, of shape "
+            f"{list(shape)}, found {found}"
+        )
+
+    def _weight_shape(self) -> torch.Size:
+        return self.get_base_layer().weight.shape
 
     def _is_as_merged(self, weight: Tensor) -> bool:
         return "_unmerged_weight" in self._buffers and _sum_of_bits(weight) == self._merged_sum
@@ -270,6 +281,11 @@ class SVDLinear(_Merging, theirs.SVDLinear):
 
     base_types = (nn.Linear,)
     _base_output = OwnSVDLinear._base_output
+
+    def _weight_shape(self) -> torch.Size:
+        # What a base layer shows may be packed.
+        shape = torch.Size((self.out_features, self.in_features))
+        return shape[::-1] if self.fan_in_fan_out else shape
 
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if len(self._added()) != 1:
@@ -309,6 +325,29 @@ class _Quantized(_Adapted):
         y = self.base_layer(x, *args, **kwargs)
         return y if self.disable_adapters else self._add(y, x, None, False)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse adapters of this layer: there is no weight that could take them in."""
+        self.check_merge(safe_merge, adapter_names)
+
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise what `merge` would raise."""
+        if any(name in self.lora_A for name in check_adapters_to_merge(self, adapter_names)):
+            raise UnsupportedError(
+                "merge: expected a base layer whose weight is a floating-point parameter, found "
+                f"{type(self.get_base_layer()).__name__}, which is quantized"
+            )
+
+    def unmerge(self) -> None:
+        """Warn, as other layers that hold no merged adapter do."""
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+
+
+class _EightBits(_Quantized):
+    """bitsandbytes' 8-bit layers, whose adapters cast their inputs whatever `disable_input_dtype_casting` says."""
+
+    def _input(self, x: Tensor, adapter_name: str) -> Tensor:
+        return x
+
 
 class SVDQuantLinear(_Quantized, theirs.SVDQuantLinear):
     """A layer quantized by GPTQ with adapters."""
@@ -321,14 +360,12 @@ CLASSES: dict[type, type] = {
 }
 """By PEFT's class, ours."""
 
-for _name in ("SVDLinear8bitLt", "SVDLinear4bit"):
+for _name, _kind in (("SVDLinear8bitLt", _EightBits), ("SVDLinear4bit", _Quantized)):
     # PEFT has them where bitsandbytes is installed.
     if hasattr(theirs, _name):
         _theirs = getattr(theirs, _name)
         _doc = "A layer quantized by bitsandbytes with adapters."
-        CLASSES[_theirs] = globals()[_name] = type(
-            _name, (_Quantized, _theirs), {"__doc__": _doc, "__module__": __name__}
-        )
+        CLASSES[_theirs] = globals()[_name] = type(_name, (_kind, _theirs), {"__doc__": _doc, "__module__": __name__})
 
 
 def accelerated_class(layer: nn.Module) -> type:

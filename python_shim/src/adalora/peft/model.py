@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from .allocator import RankAllocator, by_path, check_config
-from .layers import CLASSES, SVDConv2d, SVDLinear, accelerated_class
+from .layers import CLASSES, accelerated_class
 
 
 class AdaLoraModel(theirs.AdaLoraModel):
@@ -97,10 +98,11 @@ class AdaLoraModel(theirs.AdaLoraModel):
                 )
                 lora_config.fan_in_fan_out = transposed
         else:
+            # Which of GPTQ's kernels trains this model, PEFT says.
+            kernel = "" if gptq is None else f': `{gptq.__name__}`, which GPTQConfig(backend="auto_trainable") loads'
             raise UnsupportedType(
-                f"Target module {target} is not supported. "
-                "Expected `torch.nn.Linear`, `Conv1D` or `torch.nn.Conv2d`, or a layer quantized by 8 or 4 bits or "
-                "GPTQ."
+                f"Target module {target} is not supported. Expected `torch.nn.Linear`, `Conv1D` or `torch.nn.Conv2d`, "
+                f"or a layer quantized by 8 or 4 bits or GPTQ{kernel}."
             )
         return CLASSES[kind](target, adapter_name, config=lora_config, **kwargs)
 
@@ -170,9 +172,8 @@ class AdaLoraModel(theirs.AdaLoraModel):
     # Layers and adapters
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; with `safe_merge`, into all of them or none."""
-        if safe_merge:
-            self._check_merge(adapter_names)
+        """Merge adapters into the base weights: into all of them or none."""
+        self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -182,15 +183,17 @@ class AdaLoraModel(theirs.AdaLoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge and safe_merge:
-            self._check_merge(adapter_names)
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        self._check_merge_allowed()
         for each in self.model.modules():
-            if isinstance(each, SVDLinear | SVDConv2d):
-                with onload_layer(each):
-                    each.check_merge(adapter_names)
+            if isinstance(each, tuple(CLASSES.values())):
+                # Values are looked at only then.
+                with onload_layer(each) if safe_merge else nullcontext():
+                    each.check_merge(safe_merge, adapter_names)
 
     def _layers(self, adapter_name: str) -> dict[str, AdaLoraLayer]:
         found = self.model.named_modules()
