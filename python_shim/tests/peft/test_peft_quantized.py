@@ -14,6 +14,7 @@ from pairs import SETTINGS, STEPS, layers, masks, step, trained
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import adalora as theirs
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import adalora.peft
 from adalora import InvalidArgumentError, UnsupportedError
@@ -195,6 +196,18 @@ def test_layers_that_peft_takes_for_plain_ones(bits):
             ours.merge(safe_merge=safe_merge)
         assert ours.merged_adapters == []
         assert torch.equal(weight, before)
+
+
+def test_weights_that_are_no_plain_tensors_do_not_merge():
+    # As torchao's, which quantizes what a layer holds.
+    base = nn.Sequential(nn.Linear(64, 32))
+    model = peft.get_peft_model(base, peft.AdaLoraConfig(target_modules=["0"], total_step=10, init_lora_weights=False))
+    layer = adalora.peft.accelerate(model).base_model.model[0]
+    values = layer.get_base_layer().weight.detach()
+    layer.get_base_layer().weight = nn.Parameter(TwoTensor(values, values.clone()), requires_grad=False)
+    for merge in (layer.merge, model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(UnsupportedError, match="found a TwoTensor"):
+            merge()
 
 
 # Layers of GPTQ
