@@ -173,6 +173,26 @@ def test_what_is_quantized_is_not_merged(ids):
     torch.testing.assert_close(layer.get_delta_weight("default"), layer.scaling("default") * B @ (E * A))
 
 
+def test_quantized_layers_share_an_input():
+    # They have no weight, in PyTorch's sense, that could tell of changes.
+    torch.manual_seed(1)
+    names = ["q_proj", "k_proj", "v_proj"]
+    model = nn.ModuleDict({name: Int8Linear(nn.Linear(6, 4)) for name in names})
+    adapt(model, config(target_modules=names))
+    x = torch.randn(3, 6)
+    for name, layer in model.items():
+        assert layer.shared_input is model["q_proj"].shared_input is not None
+        expected = layer.base_layer(x) + x @ layer.get_delta_weight("default").T
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5, msg=name)
+    with torch.no_grad():
+        model["q_proj"](x)
+        # The key's output lies ready by now.
+        model["k_proj"].base_layer.scale.mul_(2)
+        found = model["k_proj"](x)
+        model["k_proj"].shared_input = None
+        assert torch.equal(found, model["k_proj"](x))
+
+
 def train(model: nn.Module, optimizer: AdamW, allocator: RankAllocator, ids: Tensor, steps: range) -> None:
     for step in steps:
         torch.manual_seed(step)

@@ -553,8 +553,8 @@ class SharedInput:
         base = layer._modules["base_layer"]
         tensors = list(base._parameters.values())
         if "weight" not in base._parameters:
-            # One that is computed.
-            tensors.append(base.weight)
+            # One that is computed, or that buffers hold in a form of their own.
+            tensors += [layer.weight, *base._buffers.values()]
         for adapter_name in layer.active_adapters:
             tensors += layer.triplets(adapter_name)
         return [(id(p), p.requires_grad, None if p.is_inference() else p._version) for p in tensors if p is not None]
