@@ -143,6 +143,65 @@ void strange_scores(Backend& backend, const ModelCase& c) {
   EXPECT_EQ(std::accumulate(stays.begin(), stays.end(), int64_t{0}), c.target_budget());
 }
 
+// Most scores tie, and the triplets' parameters together are more than 32 bits count. This process owns none of them.
+void selects_of_a_million(Backend& backend, int32_t unit) {
+  ModelCase c;
+  c.budget_unit = unit;
+  c.layers.clear();
+  std::vector<Adapter> adapters;
+  std::vector<const adalora_adapter_t*> order;
+  for (int64_t k = 0; k < 250'000; ++k) {
+    c.layers.push_back({1 + k % 7, 9000 + k % 11, 4});
+    adalora_adapter_desc_t desc{};
+    desc.struct_size = sizeof desc;
+    desc.in_features = c.layers.back().in;
+    desc.out_features = c.layers.back().out;
+    desc.rank = c.layers.back().rank;
+    desc.param_dtype = desc.activation_dtype = f32;
+    adalora_adapter_t* adapter = nullptr;
+    require(adalora_adapter_create(backend.context(), &desc, &adapter));
+    adapters.emplace_back(adapter);
+    order.push_back(adapter);
+  }
+  adalora_allocator_desc_t desc{};
+  desc.struct_size = sizeof desc;
+  desc.n_adapters = static_cast<int64_t>(order.size());
+  desc.adapters = order.data();
+  desc.target_rank = c.target_rank;
+  desc.tinit = c.schedule.tinit;
+  desc.tfinal = c.schedule.tfinal;
+  desc.total_step = c.schedule.total_step;
+  desc.delta_t = c.schedule.delta_t;
+  desc.beta1 = c.beta1;
+  desc.beta2 = c.beta2;
+  desc.budget_unit = unit;
+  desc.sharded = 1;
+  adalora_allocator_t* made = nullptr;
+  require(adalora_allocator_create(backend.context(), &desc, &made));
+  const Allocator allocator(made);
+  size_t state_size = 0, workspace_size = 0;
+  require(adalora_allocator_sizes(made, 0, &state_size, &workspace_size, nullptr));
+  const Buffer state(backend, state_size, static_cast<unsigned char>(0)), workspace(backend, workspace_size);
+  require(adalora_allocator_bind(made, state.data(), workspace.data(), nullptr, 0, 0, nullptr, 0, 0,
+                                 backend.waiting_stream()));
+
+  const std::vector<int64_t> costs = c.costs();
+  ASSERT_EQ(costs.size(), 1'000'000u);
+  Random random(11);
+  std::vector<double> given(costs.size());
+  for (double& score : given) score = std::floor(16 * (random.uniform() + 1)) / 3;
+  const Values<double> scores(backend, given);
+  const Value<int64_t> number(backend, c.schedule.tinit + c.schedule.delta_t);
+  adalora_step_t step{};
+  step.struct_size = sizeof step;
+  step.step = number.data();
+  require(adalora_allocator_select(made, &step, scores.data(), backend.stream()));
+  std::vector<uint8_t> stays(given.size());
+  require(adalora_allocator_read_sync(made, stays.data(), nullptr, nullptr, nullptr, backend.waiting_stream()));
+  const int64_t budget = oracle::budget(number.get(), c.schedule, c.initial_budget(), c.target_budget()).first;
+  EXPECT_TRUE(stays == oracle::select(given, budget, costs));
+}
+
 void schedule(Backend& backend) {
   ModelCase c;
   for (const oracle::Schedule& s :
@@ -305,6 +364,9 @@ std::vector<Case> selection_cases() {
   rows.push_back({"select", "after the end", [c](Backend& b) { final_pattern_is_applied_again(b, c); }});
   c.budget_unit = ADALORA_BUDGET_PARAMETERS;
   rows.push_back({"select", "budget in parameters", [c](Backend& b) { selects(b, c); }});
+  for (const auto& [unit, name] : {std::pair{ADALORA_BUDGET_TRIPLETS, "a million triplets"},
+                                   std::pair{ADALORA_BUDGET_PARAMETERS, "a million triplets, budget in parameters"}})
+    rows.push_back({"select", name, [unit = unit](Backend& b) { selects_of_a_million(b, unit); }});
   for (adalora_dtype_t param : {f64, f32})
     rows.push_back({"scores", name_of(param) + " overflow", [param](Backend& b) { scores_that_overflow(b, param); }});
   return rows;

@@ -222,6 +222,14 @@ MISTAKES = [
         "*EqualScores*/cuda",
     ),
     Mistake(
+        "what triplets cost is added up in 32 bits",
+        KERNELS,
+        "const uint64_t weight = uint64_t(high[digit]) << 32 | low[digit];",
+        "const uint64_t weight = low[digit];",
+        "test_operations",
+        "cuda_select.a_million_triplets__budget_in_parameters",
+    ),
+    Mistake(
         "a chunk's last element is left out",
         KERNELS,
         "for (int32_t i = fours * 4 + threadIdx.x; i < chunk.count; i += THREADS) update_one",
