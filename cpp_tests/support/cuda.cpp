@@ -94,13 +94,14 @@ bool wanted() {
   return folder() != nullptr || (asked != nullptr && std::string(asked) == "1");
 }
 
-Context context(int32_t device, void* cublas) {
+Context context(int32_t device, void* cublas, bool tf32) {
   adalora_context_desc_t desc{};
   desc.struct_size = sizeof desc;
   desc.backend = ADALORA_BACKEND_CUDA;
   desc.device = device;
   desc.cublas_handle = cublas;
   desc.library_folder = folder();
+  desc.tf32 = tf32 ? 1 : 0;
   adalora_context_t* made = nullptr;
   require(adalora_context_create(&desc, &made));
   return Context(made);
@@ -143,12 +144,15 @@ void* current_context() {
   return current;
 }
 
-Stream::Stream(Kind kind, int32_t device) {
+Stream::Stream(Kind kind, int32_t device) : device_(device) {
   const On on(device);
   call<void**, unsigned>("cudaStreamCreateWithFlags", &stream_, kind == non_blocking ? non_blocking_stream : 0);
 }
 
-Stream::~Stream() { reinterpret_cast<int (*)(void*)>(symbol("cudaStreamDestroy"))(stream_); }
+Stream::~Stream() {
+  const On on(device_);
+  reinterpret_cast<int (*)(void*)>(symbol("cudaStreamDestroy"))(stream_);
+}
 
 void synchronize(void* stream) { call<void*>("cudaStreamSynchronize", stream); }
 

@@ -15,7 +15,7 @@ namespace support::cuda {
 bool wanted();
 
 // A context on a device; `cublas` is a handle to lend, or NULL.
-Context context(int32_t device = 0, void* cublas = nullptr);
+Context context(int32_t device = 0, void* cublas = nullptr, bool tf32 = false);
 
 // A function of the runtime, the driver or cuBLAS; throws where there is none of the name.
 void* symbol(const char* name);
@@ -43,6 +43,7 @@ class Stream {
   void* get() const { return stream_; }
 
  private:
+  int32_t device_;
   void* stream_ = nullptr;
 };
 
