@@ -163,9 +163,13 @@ TEST(LoadedLibraries, AreNotMixedWithAnotherVersion) {
       dlclose(system);  // the machine has one
       return;
     }
-    expect_refused({"half", unavailable, {"libcublas.so.13: ", folder("cudart13") + "/libcublas.so.13: "}},
+    const std::string place = folder("cudart13"), other = folder("cublas12") + "/libcublas.so.12";
+    const std::string tried = place + "/libcublas.so.13: ", held = "the process has " + place + "/libcudart.so.13";
+    expect_refused({"half", unavailable, {"libcublas.so.13: ", tried, held + ", and needs both of one version"}},
                    cuda(nullptr));
     EXPECT_EQ(std::string(adalora_last_error()).find(".so.12"), std::string::npos) << adalora_last_error();
+    ASSERT_NE(dlopen(other.c_str(), RTLD_NOW), nullptr) << dlerror();
+    expect_refused({"halves of two", unavailable, {tried, held + " and " + other}}, cuda(nullptr));
   });
 }
 

@@ -336,6 +336,7 @@ fn find(lent_handle: bool) -> Result<Found> {
         }
         _ => {}
     }
+    let held: Vec<_> = present.iter().flat_map(|(_, list)| list).flatten().map(|l| l.path.clone()).collect();
     // One version alone where the process has any of it.
     if present.iter().any(|(_, list)| list.iter().any(Option::is_some)) {
         present.retain(|(_, list)| list.iter().any(Option::is_some));
@@ -359,7 +360,12 @@ fn find(lent_handle: bool) -> Result<Found> {
             (one, other) => one.into_iter().chain(other).for_each(Library::close),
         }
     }
-    Err(unavailable(format!("CUDA's libraries are not here: {}", tried.join("; "))))
+    let held = if held.is_empty() {
+        String::new()
+    } else {
+        format!("; the process has {}, and needs both of one version", held.join(" and "))
+    };
+    Err(unavailable(format!("CUDA's libraries are not here: {}{held}", tried.join("; "))))
 }
 
 /// The tables, and where they came from.
