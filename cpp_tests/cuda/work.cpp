@@ -56,6 +56,24 @@ TEST_F(Work, OfTheAllocatorIsAsManyCallsForAnyNumberOfAdapters) {
   EXPECT_EQ(calls_of_the_allocator(device(), 60), few);
 }
 
+// In bfloat16 kernels add to y and dx, and cuBLAS does the rest: in forward a product of x; in backward one of x, and
+// another where h is computed again, and two of each dy.
+TEST_F(Work, ReadsXOnceForAllAdapters) {
+  for (const bool keeps_h : {true, false}) {
+    operations::LayerCase layer = three_adapters(bf16, f32);
+    layer.dropout = {};
+    layer.keeps_h = keeps_h;
+    operations::Pass pass(device(), device().context(), layer, operations::random_contents(layer));
+    const auto products = [] { return cuda::software::calls("cublasGemmEx"); };
+    int64_t before = products();
+    pass.forward();
+    EXPECT_EQ(products() - before, 1);
+    before = products();
+    pass.backward();
+    EXPECT_EQ(products() - before, 3 * 2 + (keeps_h ? 1 : 2));
+  }
+}
+
 // Numbers that TF32 does not have reach the products as they are, but where TF32 was asked for.
 TEST_F(Work, RoundsToTf32WhereAsked) {
   operations::LayerCase layer;
