@@ -4,7 +4,7 @@
 
 use super::Host;
 use super::element::{load, pointer, store, write};
-use super::kernels::{Coefficients, Order, Rows, Sums, accumulate, dot};
+use super::kernels::{Coefficients, Nothing, Order, Rows, Sums, accumulate, dot};
 use super::simd::{Isa, Real};
 use super::update::{Update, sum_of_squares};
 use crate::adapter::ALIGNMENT;
@@ -432,11 +432,11 @@ impl CpuAllocator {
                     let (rows, columns) = (together.min(rank - row), rank - row);
                     let to = Rows::new(product.from(row).data.wrapping_add(row), rank);
                     if panel.factor == Factor::A {
-                        dot(isa, (rows, columns, n), p.from(row), p.from(row), to);
+                        dot(isa, (rows, columns, n), p.from(row), p.from(row), to, Nothing);
                     } else {
                         let p = Rows::new(p.data.wrapping_add(row), p.stride);
                         let c = Coefficients { data: p.data.cast_const(), row: 1, column: p.stride };
-                        accumulate(isa, (Order::ByColumn, Sums::Begin), (rows, n, columns), c, p, to);
+                        accumulate(isa, (Order::ByColumn, Sums::Begin), (rows, n, columns), c, p, to, Nothing);
                     }
                 }
                 for row in 0..rank {
@@ -494,11 +494,11 @@ impl CpuAllocator {
                 let g = self.rows_of((panel, places.g), rank, (begin, n), |s| s.g, scratch.g);
                 if panel.factor == Factor::A {
                     let c = Coefficients { data: c.data.cast_const(), row: rank, column: 1 };
-                    accumulate(isa, (Order::ByColumn, Sums::Go), (rank, rank, n), c, p, g);
+                    accumulate(isa, (Order::ByColumn, Sums::Go), (rank, rank, n), c, p, g, Nothing);
                 } else {
                     // Symmetric, so that it may stand on either side.
                     let along = Coefficients { data: p.data.cast_const(), row: p.stride, column: 1 };
-                    accumulate(isa, (Order::ByRow, Sums::Go), (n, rank, rank), along, c, g);
+                    accumulate(isa, (Order::ByRow, Sums::Go), (n, rank, rank), along, c, g, Nothing);
                 }
                 if g.data == scratch.g {
                     self.put_gradient(panel, rank, (begin, n), g);

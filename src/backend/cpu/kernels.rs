@@ -38,26 +38,91 @@ pub(super) enum Order {
     ByColumn,
 }
 
+/// What a product asks for from memory while it computes, so that memory and arithmetic do not wait for each other.
+pub(super) trait Asks: Copy {
+    /// Whether there is ever something.
+    const ANYTHING: bool;
+
+    /// From where on a tile asks for what lies `step` bytes apart, in so many steps. Where nothing is left, it asks for
+    /// what it has, again and again: that costs less than to look whether there is something.
+    fn take<T>(&mut self, steps: usize, step: usize, has: *const T) -> (*const u8, usize);
+}
+
+/// For products of what is in cache.
+#[derive(Clone, Copy)]
+pub(super) struct Nothing;
+
+impl Asks for Nothing {
+    const ANYTHING: bool = false;
+
+    #[inline(always)]
+    fn take<T>(&mut self, _: usize, _: usize, has: *const T) -> (*const u8, usize) {
+        (has.cast(), 0)
+    }
+}
+
+/// Rows that are needed soon.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    row: *const u8,
+    stride: usize,
+    bytes: usize,
+    rows: usize,
+    /// Bytes of the first row that have been asked for.
+    asked: usize,
+}
+
+impl Ahead {
+    pub(super) const NOTHING: Self = Self { row: std::ptr::null(), stride: 0, bytes: 0, rows: 0, asked: 0 };
+
+    /// m rows of so many bytes, `stride` apart.
+    pub(super) fn new(row: *const u8, m: usize, bytes: usize, stride: usize) -> Self {
+        let (rows, bytes) = if stride == bytes { (m.min(1), m * bytes) } else { (m, bytes) };
+        Self { row, stride, bytes, rows, asked: 0 }
+    }
+}
+
+impl Asks for Ahead {
+    const ANYTHING: bool = true;
+
+    #[inline(always)]
+    fn take<T>(&mut self, steps: usize, step: usize, has: *const T) -> (*const u8, usize) {
+        if self.rows == 0 {
+            return (has.cast(), 0);
+        }
+        let at = self.row.wrapping_add(self.asked);
+        self.asked += steps * step;
+        if self.asked >= self.bytes {
+            (self.row, self.asked, self.rows) = (self.row.wrapping_add(self.stride), 0, self.rows - 1);
+        }
+        (at, step)
+    }
+}
+
+/// Bytes of a line.
+const LINE: usize = 64;
+
 /// `out[i, j] = sum_k x[i, k] * p[j, k]` for i below m, j below n, k below `length`.
 ///
 /// # Safety
 /// All rows can be read, and m rows of n elements written, and the output overlaps no input. The processor has the
 /// instruction set.
-pub(super) unsafe fn dot<T: Real, S: Memory<T>>(
+pub(super) unsafe fn dot<T: Real, S: Memory<T>, A: Asks>(
     isa: Isa,
     size: (usize, usize, usize),
     x: Rows<S>,
     p: Rows<T>,
     out: Rows<T>,
+    ahead: A,
 ) {
     // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
     unsafe {
         match isa {
-            Isa::Portable => dot_with::<T::Portable, S, 4, 2>(size, x, p, out),
+            Isa::Portable => dot_with::<T::Portable, S, A, 4, 2>(size, x, p, out, ahead),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => dot_avx2::<T::Avx2, S>(size, x, p, out),
+            Isa::Avx2 => dot_avx2::<T::Avx2, S, A>(size, x, p, out, ahead),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => dot_avx512::<T::Avx512, S>(size, x, p, out),
+            Isa::Avx512 => dot_avx512::<T::Avx512, S, A>(size, x, p, out, ahead),
         }
     }
 }
@@ -66,55 +131,58 @@ pub(super) unsafe fn dot<T: Real, S: Memory<T>>(
 /// As [`dot`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dot_avx2<V: Vector, S: Memory<V::Element>>(
+unsafe fn dot_avx2<V: Vector, S: Memory<V::Element>, A: Asks>(
     size: (usize, usize, usize),
     x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
+    ahead: A,
 ) {
     // SAFETY: as this function asks.
-    unsafe { dot_with::<V, S, 4, 2>(size, x, p, out) }
+    unsafe { dot_with::<V, S, A, 4, 2>(size, x, p, out, ahead) }
 }
 
 /// # Safety
 /// As [`dot`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn dot_avx512<V: Vector, S: Memory<V::Element>>(
+unsafe fn dot_avx512<V: Vector, S: Memory<V::Element>, A: Asks>(
     size: (usize, usize, usize),
     x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
+    ahead: A,
 ) {
     // SAFETY: as this function asks.
-    unsafe { dot_with::<V, S, 6, 4>(size, x, p, out) }
+    unsafe { dot_with::<V, S, A, 6, 4>(size, x, p, out, ahead) }
 }
 
 /// # Safety
 /// As [`dot`].
 #[inline(always)]
-unsafe fn dot_with<V: Vector, S: Memory<V::Element>, const M: usize, const N: usize>(
+unsafe fn dot_with<V: Vector, S: Memory<V::Element>, A: Asks, const M: usize, const N: usize>(
     (m, n, length): (usize, usize, usize),
     x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
+    mut ahead: A,
 ) {
     // SAFETY: within the rows that this function may use.
     unsafe {
         for i in (0..m - m % M).step_by(M) {
-            dot_rows::<V, S, M, N>((n, length), x.from(i), p, out.from(i));
+            dot_rows::<V, S, A, M, N>((n, length), x.from(i), p, out.from(i), &mut ahead);
         }
         let mut i = m - m % M;
         if M > 4 && i + 4 <= m {
-            dot_rows::<V, S, 4, N>((n, length), x.from(i), p, out.from(i));
+            dot_rows::<V, S, A, 4, N>((n, length), x.from(i), p, out.from(i), &mut ahead);
             i += 4;
         }
         while i + 2 <= m {
-            dot_rows::<V, S, 2, N>((n, length), x.from(i), p, out.from(i));
+            dot_rows::<V, S, A, 2, N>((n, length), x.from(i), p, out.from(i), &mut ahead);
             i += 2;
         }
         if i < m {
-            dot_rows::<V, S, 1, N>((n, length), x.from(i), p, out.from(i));
+            dot_rows::<V, S, A, 1, N>((n, length), x.from(i), p, out.from(i), &mut ahead);
         }
     }
 }
@@ -122,11 +190,12 @@ unsafe fn dot_with<V: Vector, S: Memory<V::Element>, const M: usize, const N: us
 /// # Safety
 /// As [`dot`], for M rows of x.
 #[inline(always)]
-unsafe fn dot_rows<V: Vector, S: Memory<V::Element>, const M: usize, const N: usize>(
+unsafe fn dot_rows<V: Vector, S: Memory<V::Element>, A: Asks, const M: usize, const N: usize>(
     (n, length): (usize, usize),
     x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
+    ahead: &mut A,
 ) {
     let whole = n - n % N;
     // SAFETY: within the rows that this function may use.
@@ -135,17 +204,17 @@ unsafe fn dot_rows<V: Vector, S: Memory<V::Element>, const M: usize, const N: us
             let to = Rows::new(out.data.add(j), out.stride);
             // The first tile brings the rows that come next from memory, while it computes with these.
             if j == 0 {
-                dot_tile::<V, S, M, N, true>(length, x, p, to);
+                dot_tile::<V, S, A, M, N, true>(length, x, p, to, ahead);
             } else {
-                dot_tile::<V, S, M, N, false>(length, x, p.from(j), to);
+                dot_tile::<V, S, A, M, N, false>(length, x, p.from(j), to, ahead);
             }
         }
         let (p, to) = (p.from(whole), Rows::new(out.data.add(whole), out.stride));
         match n - whole {
             0 => {}
-            1 => dot_tile::<V, S, M, 1, true>(length, x, p, to),
-            2 => dot_tile::<V, S, M, 2, true>(length, x, p, to),
-            _ => dot_tile::<V, S, M, 3, true>(length, x, p, to),
+            1 => dot_tile::<V, S, A, M, 1, true>(length, x, p, to, ahead),
+            2 => dot_tile::<V, S, A, M, 2, true>(length, x, p, to, ahead),
+            _ => dot_tile::<V, S, A, M, 3, true>(length, x, p, to, ahead),
         }
     }
 }
@@ -153,20 +222,26 @@ unsafe fn dot_rows<V: Vector, S: Memory<V::Element>, const M: usize, const N: us
 /// # Safety
 /// As [`dot`], for M rows of x and N of p.
 #[inline(always)]
-unsafe fn dot_tile<V: Vector, S: Memory<V::Element>, const M: usize, const N: usize, const PREFETCH: bool>(
+unsafe fn dot_tile<V: Vector, S: Memory<V::Element>, A: Asks, const M: usize, const N: usize, const PREFETCH: bool>(
     length: usize,
     x: Rows<S>,
     p: Rows<V::Element>,
     out: Rows<V::Element>,
+    ahead: &mut A,
 ) {
     let mut sums = [zeros::<V, N>(); M];
     // SAFETY: `length` elements of each of the rows; sums of M rows and N columns.
     unsafe {
         let whole = length - length % V::LANES;
+        let (mut ask, step) = ahead.take(length / V::LANES, size_of::<V>(), p.data);
         for k in (0..whole).step_by(V::LANES) {
             let mut factors = zeros::<V, N>();
             for (j, factor) in factors.iter_mut().enumerate() {
                 *factor = V::load(p.data.add(j * p.stride + k));
+            }
+            if A::ANYTHING {
+                V::prefetch_second(ask);
+                ask = ask.wrapping_add(step);
             }
             for (i, row) in sums.iter_mut().enumerate() {
                 if PREFETCH {
@@ -216,22 +291,23 @@ pub(super) enum Sums {
 /// # Safety
 /// All coefficients and rows can be read, and m rows of `length` elements written, and the output overlaps no input.
 /// The processor has the instruction set.
-pub(super) unsafe fn accumulate<T: Real, P: Memory<T>, O: Memory<T>>(
+pub(super) unsafe fn accumulate<T: Real, P: Memory<T>, O: Memory<T>, A: Asks>(
     isa: Isa,
     how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<T>,
     p: Rows<P>,
     out: Rows<O>,
+    mut ahead: A,
 ) {
     // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
     unsafe {
         match isa {
-            Isa::Portable => accumulate_how::<T::Portable, P, O, 4, 2>(how, size, c, p, out),
+            Isa::Portable => accumulate_how::<T::Portable, P, O, A, 4, 2>(how, size, c, p, out, &mut ahead),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => accumulate_avx2::<T::Avx2, P, O>(how, size, c, p, out),
+            Isa::Avx2 => accumulate_avx2::<T::Avx2, P, O, A>(how, size, c, p, out, &mut ahead),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => accumulate_avx512::<T::Avx512, P, O>(how, size, c, p, out),
+            Isa::Avx512 => accumulate_avx512::<T::Avx512, P, O, A>(how, size, c, p, out, &mut ahead),
         }
     }
 }
@@ -239,18 +315,26 @@ pub(super) unsafe fn accumulate<T: Real, P: Memory<T>, O: Memory<T>>(
 /// # Safety
 /// As [`accumulate`].
 #[inline(always)]
-unsafe fn accumulate_how<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, const M: usize, const W: usize>(
+unsafe fn accumulate_how<
+    V: Vector,
+    P: Memory<V::Element>,
+    O: Memory<V::Element>,
+    A: Asks,
+    const M: usize,
+    const W: usize,
+>(
     (order, sums): (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     // SAFETY: as this function asks.
     unsafe {
         match sums {
-            Sums::Go => accumulate_with::<V, P, O, M, W, false>(order, size, c, p, out),
-            Sums::Begin => accumulate_with::<V, P, O, M, W, true>(order, size, c, p, out),
+            Sums::Go => accumulate_with::<V, P, O, A, M, W, false>(order, size, c, p, out, ahead),
+            Sums::Begin => accumulate_with::<V, P, O, A, M, W, true>(order, size, c, p, out, ahead),
         }
     }
 }
@@ -259,30 +343,32 @@ unsafe fn accumulate_how<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>
 /// As [`accumulate`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn accumulate_avx2<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>>(
+unsafe fn accumulate_avx2<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks>(
     how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_how::<V, P, O, 4, 2>(how, size, c, p, out) }
+    unsafe { accumulate_how::<V, P, O, A, 4, 2>(how, size, c, p, out, ahead) }
 }
 
 /// # Safety
 /// As [`accumulate`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn accumulate_avx512<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>>(
+unsafe fn accumulate_avx512<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks>(
     how: (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_how::<V, P, O, 4, 4>(how, size, c, p, out) }
+    unsafe { accumulate_how::<V, P, O, A, 4, 4>(how, size, c, p, out, ahead) }
 }
 
 /// # Safety
@@ -292,6 +378,7 @@ unsafe fn accumulate_with<
     V: Vector,
     P: Memory<V::Element>,
     O: Memory<V::Element>,
+    A: Asks,
     const M: usize,
     const W: usize,
     const BEGIN: bool,
@@ -301,10 +388,11 @@ unsafe fn accumulate_with<
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     if length <= V::LANES {
         // SAFETY: as this function asks.
-        return unsafe { accumulate_narrow::<V, P, O, BEGIN>((m, depth, length), c, p, out) };
+        return unsafe { accumulate_narrow::<V, P, O, A, BEGIN>((m, depth, length), c, p, out, ahead) };
     }
     let wide = W * V::LANES;
     let (row_groups, column_groups) = (m.div_ceil(M), length.div_ceil(wide));
@@ -320,10 +408,14 @@ unsafe fn accumulate_with<
             unsafe {
                 let size = (rows, depth, columns);
                 match order {
-                    Order::ByRow => accumulate_tiles::<V, P, O, M, W, BEGIN, NEXT_ROWS>(size, c, p, out),
+                    Order::ByRow => accumulate_tiles::<V, P, O, A, M, W, BEGIN, NEXT_ROWS>(size, c, p, out, ahead),
                     // The first rows bring the columns that come next from memory.
-                    Order::ByColumn if b == 0 => accumulate_tiles::<V, P, O, M, W, BEGIN, NEXT_INPUT>(size, c, p, out),
-                    Order::ByColumn => accumulate_tiles::<V, P, O, M, W, BEGIN, NEXT_COLUMNS>(size, c, p, out),
+                    Order::ByColumn if b == 0 => {
+                        accumulate_tiles::<V, P, O, A, M, W, BEGIN, NEXT_INPUT>(size, c, p, out, ahead)
+                    }
+                    Order::ByColumn => {
+                        accumulate_tiles::<V, P, O, A, M, W, BEGIN, NEXT_COLUMNS>(size, c, p, out, ahead)
+                    }
                 }
             }
         }
@@ -335,11 +427,12 @@ unsafe fn accumulate_with<
 /// # Safety
 /// As [`accumulate`], for at most as many columns as a vector has lanes.
 #[inline(always)]
-unsafe fn accumulate_narrow<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, const BEGIN: bool>(
+unsafe fn accumulate_narrow<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks, const BEGIN: bool>(
     (m, depth, length): (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     if length == 0 {
         return;
@@ -348,9 +441,9 @@ unsafe fn accumulate_narrow<V: Vector, P: Memory<V::Element>, O: Memory<V::Eleme
     unsafe {
         // Where coefficients of rows lie side by side, a tile's addresses need one register.
         if c.row == 1 {
-            narrow_rows::<V, P, O, 12, BEGIN>((m, depth, length), Coefficients { row: 1, ..c }, p, out);
+            narrow_rows::<V, P, O, A, 12, BEGIN>((m, depth, length), Coefficients { row: 1, ..c }, p, out, ahead);
         } else {
-            narrow_rows::<V, P, O, 8, BEGIN>((m, depth, length), c, p, out);
+            narrow_rows::<V, P, O, A, 8, BEGIN>((m, depth, length), c, p, out, ahead);
         }
     }
 }
@@ -358,11 +451,19 @@ unsafe fn accumulate_narrow<V: Vector, P: Memory<V::Element>, O: Memory<V::Eleme
 /// # Safety
 /// As [`accumulate`], for at most as many columns as a vector has lanes.
 #[inline(always)]
-unsafe fn narrow_rows<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, const M: usize, const BEGIN: bool>(
+unsafe fn narrow_rows<
+    V: Vector,
+    P: Memory<V::Element>,
+    O: Memory<V::Element>,
+    A: Asks,
+    const M: usize,
+    const BEGIN: bool,
+>(
     (m, depth, length): (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     let mut i = 0;
     while i < m {
@@ -370,13 +471,13 @@ unsafe fn narrow_rows<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, c
         // SAFETY: as this function asks.
         unsafe {
             i += if m - i >= M {
-                accumulate_tile::<V, P, O, M, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                accumulate_tile::<V, P, O, A, M, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i), ahead);
                 M
             } else if m - i >= 4 {
-                accumulate_tile::<V, P, O, 4, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                accumulate_tile::<V, P, O, A, 4, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i), ahead);
                 4
             } else {
-                accumulate_tile::<V, P, O, 1, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i));
+                accumulate_tile::<V, P, O, A, 1, 1, BEGIN, NOTHING, true>((depth, length), c, p, out.from(i), ahead);
                 1
             };
         }
@@ -390,6 +491,7 @@ unsafe fn accumulate_tiles<
     V: Vector,
     P: Memory<V::Element>,
     O: Memory<V::Element>,
+    A: Asks,
     const M: usize,
     const W: usize,
     const BEGIN: bool,
@@ -399,19 +501,20 @@ unsafe fn accumulate_tiles<
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     // SAFETY: as this function asks.
     unsafe {
         if rows == M && columns == W * V::LANES {
-            return accumulate_tile::<V, P, O, M, W, BEGIN, PREFETCH, false>((depth, V::LANES), c, p, out);
+            return accumulate_tile::<V, P, O, A, M, W, BEGIN, PREFETCH, false>((depth, V::LANES), c, p, out, ahead);
         }
         let last = columns - (columns - 1) / V::LANES * V::LANES;
         if rows == M {
-            return accumulate_part::<V, P, O, M, BEGIN>((depth, columns, last), c, p, out);
+            return accumulate_part::<V, P, O, A, M, BEGIN>((depth, columns, last), c, p, out, ahead);
         }
         for i in 0..rows {
             let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
-            accumulate_part::<V, P, O, 1, BEGIN>((depth, columns, last), c, p, out.from(i));
+            accumulate_part::<V, P, O, A, 1, BEGIN>((depth, columns, last), c, p, out.from(i), ahead);
         }
     }
 }
@@ -423,6 +526,7 @@ unsafe fn accumulate_part<
     V: Vector,
     P: Memory<V::Element>,
     O: Memory<V::Element>,
+    A: Asks,
     const M: usize,
     const BEGIN: bool,
 >(
@@ -430,14 +534,15 @@ unsafe fn accumulate_part<
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     // SAFETY: as this function asks.
     unsafe {
         match columns.div_ceil(V::LANES) {
-            1 => accumulate_tile::<V, P, O, M, 1, BEGIN, NOTHING, true>((depth, last), c, p, out),
-            2 => accumulate_tile::<V, P, O, M, 2, BEGIN, NOTHING, true>((depth, last), c, p, out),
-            3 => accumulate_tile::<V, P, O, M, 3, BEGIN, NOTHING, true>((depth, last), c, p, out),
-            _ => accumulate_tile::<V, P, O, M, 4, BEGIN, NOTHING, true>((depth, last), c, p, out),
+            1 => accumulate_tile::<V, P, O, A, M, 1, BEGIN, NOTHING, true>((depth, last), c, p, out, ahead),
+            2 => accumulate_tile::<V, P, O, A, M, 2, BEGIN, NOTHING, true>((depth, last), c, p, out, ahead),
+            3 => accumulate_tile::<V, P, O, A, M, 3, BEGIN, NOTHING, true>((depth, last), c, p, out, ahead),
+            _ => accumulate_tile::<V, P, O, A, M, 4, BEGIN, NOTHING, true>((depth, last), c, p, out, ahead),
         }
     }
 }
@@ -458,6 +563,7 @@ unsafe fn accumulate_tile<
     V: Vector,
     P: Memory<V::Element>,
     O: Memory<V::Element>,
+    A: Asks,
     const M: usize,
     const W: usize,
     const BEGIN: bool,
@@ -468,6 +574,7 @@ unsafe fn accumulate_tile<
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
+    ahead: &mut A,
 ) {
     // SAFETY: M rows of W vectors of the output, and of p for each k.
     unsafe {
@@ -487,7 +594,13 @@ unsafe fn accumulate_tile<
                 }
             }
         }
+        let asks = A::ANYTHING && PREFETCH != NOTHING;
+        let (mut ask, step) = if asks { ahead.take(depth, LINE, p.data) } else { (std::ptr::null(), 0) };
         for k in 0..depth {
+            if asks {
+                V::prefetch_second(ask);
+                ask = ask.wrapping_add(step);
+            }
             let mut values = zeros::<V, W>();
             for (v, value) in values.iter_mut().enumerate() {
                 *value = load::<V, P, W, PART>(p.data.add(k * p.stride), v, last);
@@ -558,7 +671,7 @@ mod tests {
                         let rows = |v: &[T], stride| Rows::new(v.as_ptr().cast_mut(), stride);
                         let to = Rows::new(out.as_mut_ptr(), n + 1);
                         // SAFETY: sizes as above.
-                        unsafe { dot(isa, (m, n, length), rows(&x, length + 2), rows(&p, length + 1), to) };
+                        unsafe { dot(isa, (m, n, length), rows(&x, length + 2), rows(&p, length + 1), to, Nothing) };
                         for i in 0..m {
                             for j in 0..n {
                                 let want: T =
@@ -576,7 +689,7 @@ mod tests {
                             // SAFETY: sizes as above.
                             unsafe {
                                 let p = rows(&p, length + 1);
-                                accumulate(isa, (order, sums), (m, n, length), c_view, p, to);
+                                accumulate(isa, (order, sums), (m, n, length), c_view, p, to, Nothing);
                             }
                             for i in 0..m {
                                 for j in 0..length + 2 {
@@ -607,13 +720,13 @@ mod tests {
         for isa in isas() {
             let mut all = vec![T::default(); m * n];
             // SAFETY: sizes as above.
-            unsafe { dot(isa, (m, n, length), rows(&x, 0), rows(&p, 0), Rows::new(all.as_mut_ptr(), n)) };
+            unsafe { dot(isa, (m, n, length), rows(&x, 0), rows(&p, 0), Rows::new(all.as_mut_ptr(), n), Nothing) };
             for i in 0..m {
                 for j in 0..n {
                     let mut alone = T::default();
                     let to = Rows::new(&raw mut alone, 1);
                     // SAFETY: one row of each.
-                    unsafe { dot(isa, (1, 1, length), rows(&x, i), rows(&p, j), to) };
+                    unsafe { dot(isa, (1, 1, length), rows(&x, i), rows(&p, j), to, Nothing) };
                     assert_eq!(alone, all[i * n + j], "{isa:?} at {i} {j}");
                 }
             }
@@ -652,7 +765,7 @@ mod tests {
             let mut rounded = vec![round(0.0); length];
             let (from, to) = (Rows::new(values.as_ptr().cast_mut(), 0), Rows::new(rounded.as_mut_ptr(), 0));
             // SAFETY: one row of so many elements.
-            unsafe { accumulate(isa, (Order::ByRow, Sums::Begin), (1, 1, length), c, from, to) };
+            unsafe { accumulate(isa, (Order::ByRow, Sums::Begin), (1, 1, length), c, from, to, Nothing) };
             for (value, got) in values.iter().zip(&rounded) {
                 let want = round(*value + 0.0);
                 assert_eq!(bits(*got), bits(want), "{isa:?} {value:e}");
@@ -660,7 +773,15 @@ mod tests {
             let mut back = vec![0f32; length];
             // SAFETY: one row of so many elements.
             unsafe {
-                accumulate(isa, (Order::ByRow, Sums::Begin), (1, 1, length), c, to, Rows::new(back.as_mut_ptr(), 0));
+                accumulate(
+                    isa,
+                    (Order::ByRow, Sums::Begin),
+                    (1, 1, length),
+                    c,
+                    to,
+                    Rows::new(back.as_mut_ptr(), 0),
+                    Nothing,
+                );
             }
             for (half, single) in rounded.iter().zip(&back) {
                 assert!(single.is_nan() || bits(round(*single)) == bits(*half) || *single == 0.0, "{isa:?} {single:e}");

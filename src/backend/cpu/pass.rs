@@ -6,7 +6,7 @@
 
 use super::Host;
 use super::element::{is_own, load, pointer, store};
-use super::kernels::{Coefficients, Order, Rows, Sums, accumulate, dot};
+use super::kernels::{Ahead, Coefficients, Order, Rows, Sums, accumulate, dot};
 use super::simd::{Isa, Real, Vector};
 use crate::adapter::{ALIGNMENT, Call, Geometry, Pass};
 use crate::error::{Error, Result};
@@ -26,6 +26,10 @@ const MOST_CHUNKS: usize = 16;
 const MANY_TRIPLETS: usize = 16;
 /// Multiplications below which waking other threads costs more than it gains.
 const SERIAL_WORK: usize = 1 << 18;
+/// Elements of factors below which that holds for packing them.
+const SERIAL_FACTORS: usize = 1 << 14;
+/// Most bytes of a block that is asked for ahead: larger ones would push out of the second cache what is computed with.
+const MOST_AHEAD: usize = 1 << 18;
 /// Gradient elements that are added over chunks at a time.
 const PIECE: usize = 256;
 /// Rows of B that are transposed at a time, so that they stay in the first cache.
@@ -35,6 +39,11 @@ const TRANSPOSED: usize = 64;
 fn chunk_tokens(tokens: usize) -> usize {
     let [most, few] = [MOST_CHUNKS, FEW_CHUNKS].map(|chunks| tokens.div_ceil(chunks).next_multiple_of(BLOCK));
     most.max(few.clamp(BLOCK, BACKWARD_CHUNK))
+}
+
+/// Tokens of a task of the forward pass: as in the backward pass, but where that would leave threads without work.
+fn forward_tokens(tokens: usize, threads: usize) -> usize {
+    tokens.div_ceil(2 * threads).next_multiple_of(BLOCK).clamp(BLOCK, BACKWARD_CHUNK)
 }
 
 /// How far apart rows of our own lie: an odd number of cache lines, so that many rows do not meet in few of its sets.
@@ -146,33 +155,49 @@ impl<T: Real> Share<T> {
         }
     }
 
-    /// Brings the factors into order and into the compute type.
+    /// Brings A into order and into the compute type.
     ///
     /// # Safety
     /// As [`Share::list`], which ran before.
-    unsafe fn pack(&self, call: &Call) {
-        let (a, b) = (&call.params.a, &call.params.b);
-        // SAFETY: within the matrices and the arena's copies of them.
+    unsafe fn pack_a(&self, call: &Call) {
+        if !self.packs_a {
+            return;
+        }
+        let a = &call.params.a;
+        for k in 0..self.live {
+            // SAFETY: within the matrix and the arena's copy of it.
+            unsafe { load(a.dtype, row_of(a, *self.order.add(k) as usize), a.columns, self.a.from(k).data) };
+        }
+    }
+
+    /// As [`Share::pack_a`], for B, whose columns become rows.
+    ///
+    /// # Safety
+    /// As [`Share::pack_a`].
+    unsafe fn pack_b(&self, call: &Call) {
+        let b = &call.params.b;
+        // SAFETY: within the matrix and the arena's copy of it.
         unsafe {
-            if self.packs_a {
-                for k in 0..self.live {
-                    let row = *self.order.add(k) as usize;
-                    load(a.dtype, row_of(a, row), a.columns, self.a.from(k).data);
-                }
-            }
             if is_own::<T>(b.dtype) {
+                // Takes what is not live, so that four columns go together wherever one of them is.
+                let mut dropped = [T::default(); TRANSPOSED];
                 for first in (0..b.rows).step_by(TRANSPOSED) {
                     let rows = first..(first + TRANSPOSED).min(b.rows);
                     for j in (0..self.rank).step_by(SIDE) {
                         let from = Rows::new(pointer::<T>(row_of(b, rows.start)).add(j), b.row_stride);
-                        let to = self
-                            .places_of(j, self.live)
-                            .map(|place| place.map(|k| self.bt.from(k).data.add(rows.start)));
-                        if let [Some(p), Some(q), Some(r), Some(s)] = to {
-                            columns_to_rows(rows.len(), from, [p, q, r, s]);
+                        let places = self.places_of(j, self.live);
+                        if places == [None; SIDE] {
                             continue;
                         }
-                        for (k, to) in to.iter().enumerate().filter_map(|(k, to)| to.map(|to| (k, to))) {
+                        let to = places.map(|place| match place {
+                            Some(k) => self.bt.from(k).data.add(rows.start),
+                            None => dropped.as_mut_ptr(),
+                        });
+                        if j + SIDE <= self.rank {
+                            columns_to_rows(rows.len(), from, to);
+                            continue;
+                        }
+                        for (k, to) in to.iter().enumerate().take(self.rank - j) {
                             (0..rows.len()).for_each(|o| *to.add(o) = *from.from(o).data.add(k));
                         }
                     }
@@ -361,6 +386,22 @@ fn element(vector: &crate::tensor::Vector, i: usize) -> Address {
     vector.data.offset(i * vector.stride * vector.dtype.size())
 }
 
+/// m tokens from `first` on, and how many follow them in the same task.
+#[derive(Clone, Copy)]
+struct Block {
+    first: usize,
+    m: usize,
+    next: usize,
+}
+
+/// The blocks of a task.
+fn blocks(tokens: std::ops::Range<usize>) -> impl Iterator<Item = Block> {
+    tokens.clone().step_by(BLOCK).map(move |first| {
+        let m = BLOCK.min(tokens.end - first);
+        Block { first, m, next: BLOCK.min(tokens.end - first - m) }
+    })
+}
+
 /// Rows of x, y, dy or dx where the caller has them.
 #[derive(Clone, Copy)]
 enum Lines<T> {
@@ -384,13 +425,13 @@ impl<T: Real> Lines<T> {
     ///
     /// # Safety
     /// As [`dot`].
-    unsafe fn dot(self, isa: Isa, size: (usize, usize, usize), p: Rows<T>, out: Rows<T>) {
+    unsafe fn dot(self, isa: Isa, size: (usize, usize, usize), p: Rows<T>, out: Rows<T>, ahead: Ahead) {
         // SAFETY: as this function asks.
         unsafe {
             match self {
-                Self::Own(x) => dot(isa, size, x, p, out),
-                Self::Bfloat16(x) if T::MEETS_HALF => dot(isa, size, x, p, out),
-                Self::Float16(x) if T::MEETS_HALF => dot(isa, size, x, p, out),
+                Self::Own(x) => dot(isa, size, x, p, out, ahead),
+                Self::Bfloat16(x) if T::MEETS_HALF => dot(isa, size, x, p, out, ahead),
+                Self::Float16(x) if T::MEETS_HALF => dot(isa, size, x, p, out, ahead),
                 _ => unreachable!("float64 goes with itself alone"),
             }
         }
@@ -400,14 +441,22 @@ impl<T: Real> Lines<T> {
     ///
     /// # Safety
     /// As [`accumulate`].
-    unsafe fn add_to(self, isa: Isa, sums: Sums, size: (usize, usize, usize), c: Coefficients<T>, out: Rows<T>) {
+    unsafe fn add_to(
+        self,
+        isa: Isa,
+        sums: Sums,
+        size: (usize, usize, usize),
+        c: Coefficients<T>,
+        out: Rows<T>,
+        ahead: Ahead,
+    ) {
         let how = (Order::ByColumn, sums);
         // SAFETY: as this function asks.
         unsafe {
             match self {
-                Self::Own(p) => accumulate(isa, how, size, c, p, out),
-                Self::Bfloat16(p) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out),
-                Self::Float16(p) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out),
+                Self::Own(p) => accumulate(isa, how, size, c, p, out, ahead),
+                Self::Bfloat16(p) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out, ahead),
+                Self::Float16(p) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out, ahead),
                 _ => unreachable!("float64 goes with itself alone"),
             }
         }
@@ -417,14 +466,14 @@ impl<T: Real> Lines<T> {
     ///
     /// # Safety
     /// As [`accumulate`].
-    unsafe fn add(self, isa: Isa, size: (usize, usize, usize), c: Coefficients<T>, p: Rows<T>) {
+    unsafe fn add(self, isa: Isa, size: (usize, usize, usize), c: Coefficients<T>, p: Rows<T>, ahead: Ahead) {
         let how = (order(size.1), Sums::Go);
         // SAFETY: as this function asks.
         unsafe {
             match self {
-                Self::Own(out) => accumulate(isa, how, size, c, p, out),
-                Self::Bfloat16(out) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out),
-                Self::Float16(out) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out),
+                Self::Own(out) => accumulate(isa, how, size, c, p, out, ahead),
+                Self::Bfloat16(out) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out, ahead),
+                Self::Float16(out) if T::MEETS_HALF => accumulate(isa, how, size, c, p, out, ahead),
                 _ => unreachable!("float64 goes with itself alone"),
             }
         }
@@ -440,6 +489,8 @@ struct Run<'a, T> {
     shares: arrayvec::ArrayVec<Share<T>, { crate::adapter::MAX_GROUP }>,
     masks: arrayvec::ArrayVec<Option<(Dropout, u32)>, { crate::adapter::MAX_GROUP }>,
     parallel: bool,
+    /// Whether blocks are asked for ahead.
+    asks: bool,
 }
 
 // SAFETY: what is shared is read only; tasks write disjoint rows, chunks and scratches.
@@ -453,6 +504,9 @@ impl<'a, T: Real> Run<'a, T> {
         let layout = Layout::new(pass.workspace.data, &geometries, pass.tokens, cpu.team.threads())
             .ok_or_else(|| Error::argument("tokens", pass.tokens, "fewer: the workspace overflows memory"))?;
         let mut arena = Arena::new(pass.workspace.data);
+        let asks = geometries
+            .iter()
+            .all(|g| BLOCK * g.input.local.max(g.output.local) * g.activation_dtype.size() <= MOST_AHEAD);
         let mut run = Self {
             cpu,
             pass,
@@ -461,6 +515,7 @@ impl<'a, T: Real> Run<'a, T> {
             shares: arrayvec::ArrayVec::new(),
             masks: arrayvec::ArrayVec::new(),
             parallel: false,
+            asks,
         };
         let mut factors = 0;
         for call in &pass.calls {
@@ -476,20 +531,33 @@ impl<'a, T: Real> Run<'a, T> {
             }));
         }
         run.parallel = factors * pass.tokens > SERIAL_WORK;
-        let parallel = factors > SERIAL_WORK;
-        let packed = if pass.tokens > 0 { pass.calls.len() } else { 0 };
-        cpu.team.run(packed, parallel, "workspace is", |i, _| {
-            // SAFETY: as this function asks; each share has memory of its own.
-            unsafe { run.pack(i) };
+        let parallel = run.parallel && factors > SERIAL_FACTORS;
+        let packed = if pass.tokens > 0 { 2 * pass.calls.len() } else { 0 };
+        cpu.team.run(packed, parallel, "workspace is", |task, _| {
+            // SAFETY: as this function asks; each share has memory of its own, for either factor.
+            unsafe { run.pack(task) };
         })?;
         Ok(run)
     }
 
     /// # Safety
-    /// As [`Run::new`]; the share is this task's.
-    unsafe fn pack(&self, i: usize) {
+    /// As [`Run::new`]; one factor of one share is this task's.
+    unsafe fn pack(&self, task: usize) {
+        let (share, call) = (&self.shares[task / 2], &self.pass.calls[task / 2]);
         // SAFETY: as this function asks.
-        unsafe { self.shares[i].pack(&self.pass.calls[i]) };
+        unsafe {
+            match task % 2 {
+                0 => share.pack_a(call),
+                _ => share.pack_b(call),
+            }
+        }
+    }
+
+    /// m rows of a matrix that are needed soon.
+    fn ahead(&self, matrix: Option<&Matrix>, first: usize, m: usize) -> Ahead {
+        let Some(matrix) = matrix.filter(|_| self.asks) else { return Ahead::NOTHING };
+        let [columns, stride] = [matrix.columns, matrix.row_stride].map(|n| n * matrix.dtype.size());
+        Ahead::new(pointer(row_of(matrix, first)), m, columns, stride)
     }
 
     /// The input of adapter i for a block: x itself, or its dropped-out copy.
@@ -531,7 +599,7 @@ impl<'a, T: Real> Run<'a, T> {
 
     /// # Safety
     /// As [`Run::new`]; the scratch is this worker's.
-    unsafe fn forward_block(&self, first: usize, m: usize, scratch: &Scratch<T>) {
+    unsafe fn forward_block(&self, Block { first, m, next }: Block, scratch: &Scratch<T>) {
         let (pass, isa) = (self.pass, self.cpu.isa);
         // SAFETY: everything was checked; rows `first..first + m` are this task's.
         unsafe {
@@ -539,11 +607,13 @@ impl<'a, T: Real> Run<'a, T> {
                 let share = &self.shares[i];
                 let h = Rows::new(scratch.h.data, share.live);
                 let saved = call.h.map(|h| pointer::<T>(h).add(first * share.rank));
+                let output = call.output.as_ref().filter(|_| pass.stages.expand && share.active > 0);
                 match (&pass.x, saved) {
                     (Some(x), saved) if saved.is_some() || share.active > 0 => {
                         let columns = if saved.is_some() { share.live } else { share.active };
                         let size = (m, columns, call.geometry.input.local);
-                        self.input(i, (first, m), x, scratch).dot(isa, size, share.a, h);
+                        let y = self.ahead(output, first, m);
+                        self.input(i, (first, m), x, scratch).dot(isa, size, share.a, h, y);
                         if let Some(saved) = saved {
                             share.scatter(m, h, saved);
                         }
@@ -551,11 +621,12 @@ impl<'a, T: Real> Run<'a, T> {
                     (None, Some(saved)) => share.gather(m, saved, h),
                     _ => {}
                 }
-                if let Some(y) = call.output.as_ref().filter(|_| pass.stages.expand && share.active > 0) {
+                if let Some(y) = output {
                     let scaled = Rows::new(scratch.scaled.data, share.active);
                     Self::scale((m, share.active), h, share.e, T::from_f64(call.scaling), scaled);
                     let c = Coefficients { data: scaled.data, row: scaled.stride, column: 1 };
-                    Lines::of(y, first).add(isa, (m, share.active, y.columns), c, share.bt);
+                    let x = self.ahead(pass.x.as_ref().filter(|_| i + 1 == pass.calls.len()), first + m, next);
+                    Lines::of(y, first).add(isa, (m, share.active, y.columns), c, share.bt, x);
                 }
             }
         }
@@ -573,9 +644,9 @@ impl<'a, T: Real> Run<'a, T> {
             for (partial, share) in partials.iter().zip(&self.shares) {
                 partial.e.write_bytes(0, share.live);
             }
-            for first in (begin..end).step_by(BLOCK) {
-                let sums = if first == begin { Sums::Begin } else { Sums::Go };
-                self.backward_block((first, BLOCK.min(end - first)), dx, (&partials, sums), scratch);
+            for block in blocks(begin..end) {
+                let sums = if block.first == begin { Sums::Begin } else { Sums::Go };
+                self.backward_block(block, dx, (&partials, sums), scratch);
             }
         }
     }
@@ -584,7 +655,7 @@ impl<'a, T: Real> Run<'a, T> {
     /// As [`Run::backward_chunk`].
     unsafe fn backward_block(
         &self,
-        (first, m): (usize, usize),
+        Block { first, m, next }: Block,
         dx: Option<&Matrix>,
         (partials, sums): (&[Partial<T>], Sums),
         scratch: &Scratch<T>,
@@ -609,13 +680,14 @@ impl<'a, T: Real> Run<'a, T> {
                 let masked = pass.x.as_ref().map(|x| self.input(i, (first, m), x, scratch));
                 match (call.h, masked) {
                     (Some(saved), _) => share.gather(m, pointer::<T>(saved).add(first * share.rank), h),
-                    (None, Some(x)) => x.dot(isa, (m, share.live, input), share.a, h),
+                    (None, Some(x)) => x.dot(isa, (m, share.live, input), share.a, h, Ahead::NOTHING),
                     (None, None) => {}
                 }
                 let saved_g = call.g.map(|g| pointer::<T>(g).add(first * share.rank));
                 if let Some(dy) = call.output.as_ref().filter(|_| pass.stages.project) {
                     let dy = Lines::of(dy, first);
-                    dy.dot(isa, (m, share.live, output), share.bt, g);
+                    let x = self.ahead(pass.x.as_ref().filter(|_| pass.stages.expand), first, m);
+                    dy.dot(isa, (m, share.live, output), share.bt, g, x);
                     for t in 0..m {
                         (0..share.live)
                             .for_each(|k| *g.data.add(t * g.stride + k) = *g.data.add(t * g.stride + k) * scaling);
@@ -624,7 +696,7 @@ impl<'a, T: Real> Run<'a, T> {
                         share.scatter(m, g, saved);
                     }
                     Self::scale((m, share.active), h, share.e, scaling, scaled);
-                    dy.add_to(isa, sums, (share.active, m, output), across, partial.bt);
+                    dy.add_to(isa, sums, (share.active, m, output), across, partial.bt, Ahead::NOTHING);
                 } else if let Some(saved) = saved_g {
                     share.gather(m, saved, g);
                 }
@@ -636,10 +708,14 @@ impl<'a, T: Real> Run<'a, T> {
                     }
                 }
                 Self::scale((m, share.active), g, share.e, T::one(), scaled);
-                x.add_to(isa, sums, (share.active, m, input), across, partial.a);
+                x.add_to(isa, sums, (share.active, m, input), across, partial.a, self.ahead(dx, first, m));
                 if let Some(dx) = dx_lines {
                     let along = Coefficients { data: scaled.data, row: scaled.stride, column: 1 };
-                    self.add_to_dx(i, (first, m), along, dx, scratch);
+                    let dy = match pass.calls.get(i + 1) {
+                        Some(call) => self.ahead(call.output.as_ref(), first, m),
+                        None => self.ahead(pass.calls[0].output.as_ref(), first + m, next),
+                    };
+                    self.add_to_dx(i, (first, m), along, dx, scratch, dy);
                 }
             }
             if let (Some(dx), Some(Lines::Own(rows))) = (dx, dx_lines)
@@ -675,16 +751,17 @@ impl<'a, T: Real> Run<'a, T> {
         c: Coefficients<T>,
         dx: Lines<T>,
         scratch: &Scratch<T>,
+        ahead: Ahead,
     ) {
         let (share, input) = (&self.shares[i], &self.geometries[i].input);
         let product = (m, share.active, input.local);
         // SAFETY: m rows of dx, and of the worker's scratch.
         unsafe {
             let (Some((dropout, token0)), Lines::Own(dx)) = (&self.masks[i], dx) else {
-                return dx.add(self.cpu.isa, product, c, share.a);
+                return dx.add(self.cpu.isa, product, c, share.a, ahead);
             };
             let raw = Rows::new(scratch.masked.data, input.local);
-            accumulate(self.cpu.isa, (order(share.active), Sums::Begin), product, c, share.a, raw);
+            accumulate(self.cpu.isa, (order(share.active), Sums::Begin), product, c, share.a, raw, ahead);
             let scale = T::from_f64(dropout.keep_scale);
             for t in 0..m {
                 let (from, to) = (raw.from(t).data, dx.from(t).data);
@@ -702,6 +779,11 @@ impl<'a, T: Real> Run<'a, T> {
         self.sums(i, 0).filter(|_| self.layout.chunks > 0)
     }
 
+    /// The sums of the chunks after the first.
+    fn others(&self, i: usize) -> arrayvec::ArrayVec<Partial<T>, MOST_CHUNKS> {
+        (1..self.layout.chunks).filter_map(|chunk| self.sums(i, chunk)).collect()
+    }
+
     fn sums(&self, i: usize, chunk: usize) -> Option<Partial<T>> {
         self.layout.partials(chunk, self.geometries[..=i].iter().copied()).last()
     }
@@ -711,25 +793,24 @@ impl<'a, T: Real> Run<'a, T> {
     /// # Safety
     /// As [`Run::new`]; the chunks are done, and these gradients are this task's.
     unsafe fn reduce_a(&self, i: usize, grads: &Triplets, accumulate: bool) {
-        let (share, total) = (&self.shares[i], self.total(i));
+        let (share, total, (a, e)) = (&self.shares[i], self.total(i), (&grads.a, &grads.e));
+        let zeros = [T::default(); PIECE];
         // SAFETY: everything was checked; the sums are as large as the geometry says.
         unsafe {
             if let Some(total) = &total {
-                for partial in (1..self.layout.chunks).filter_map(|c| self.sums(i, c)) {
-                    add(share.active * total.a.stride, partial.a.data, total.a.data);
-                    add(share.live, partial.e, total.e);
-                }
+                let others = self.others(i);
+                add(share.live, others.iter().map(|partial| partial.e), total.e);
+                add(share.active * total.a.stride, others.iter().map(|partial| partial.a.data), total.a.data);
             }
-            let (a, e) = (&grads.a, &grads.e);
             for j in 0..share.rank {
                 let row = share.place(j, share.active).zip(total.as_ref()).map(|(k, total)| total.a.from(k).data);
                 for begin in (0..a.columns).step_by(PIECE) {
                     let to = row_of(a, j).offset(begin * a.dtype.size());
-                    let value = |c: usize| row.map_or(T::default(), |row| *row.add(begin + c));
-                    give(PIECE.min(a.columns - begin), accumulate, a.dtype, to, value);
+                    let sums = row.map_or(zeros.as_ptr(), |row| row.add(begin));
+                    give(PIECE.min(a.columns - begin), accumulate, a.dtype, to, sums);
                 }
                 let sum = share.place(j, share.live).zip(total.as_ref()).map_or(0.0, |(k, total)| *total.e.add(k));
-                give(1, accumulate, e.dtype, element(e, j), |_| T::from_f64(sum));
+                give(1, accumulate, e.dtype, element(e, j), &T::from_f64(sum));
             }
         }
     }
@@ -740,46 +821,39 @@ impl<'a, T: Real> Run<'a, T> {
     /// As [`Run::reduce_a`].
     unsafe fn reduce_b(&self, i: usize, grads: &Triplets, accumulate: bool) {
         let (share, total, b) = (&self.shares[i], self.total(i), &grads.b);
+        let zeros = [T::default(); TRANSPOSED];
         // SAFETY: everything was checked; the sums are as large as the geometry says.
         unsafe {
             if let Some(total) = &total {
-                for partial in (1..self.layout.chunks).filter_map(|c| self.sums(i, c)) {
-                    add(share.active * total.bt.stride, partial.bt.data, total.bt.data);
-                }
+                let others = self.others(i);
+                add(share.active * total.bt.stride, others.iter().map(|partial| partial.bt.data), total.bt.data);
             }
-            let column = |place: Option<usize>| place.zip(total.as_ref()).map(|(k, total)| total.bt.from(k).data);
-            if is_own::<T>(b.dtype) {
-                for first in (0..b.rows).step_by(TRANSPOSED) {
-                    let rows = first..(first + TRANSPOSED).min(b.rows);
+            for first in (0..b.rows).step_by(TRANSPOSED) {
+                let n = TRANSPOSED.min(b.rows - first);
+                let column = |place: Option<usize>| match place.zip(total.as_ref()) {
+                    Some((k, total)) => total.bt.from(k).data.add(first),
+                    None => zeros.as_ptr(),
+                };
+                if is_own::<T>(b.dtype) {
                     for j in (0..share.rank).step_by(SIDE) {
-                        let to = Rows::new(pointer::<T>(row_of(b, rows.start)).add(j), b.row_stride);
-                        let from =
-                            share.places_of(j, share.active).map(|place| column(place).map(|f| f.add(rows.start)));
-                        if let [Some(p), Some(q), Some(r), Some(s)] = from {
-                            rows_to_columns(rows.len(), [p, q, r, s], to, accumulate);
-                            continue;
-                        }
-                        for (k, from) in from.iter().enumerate().take(share.rank - j) {
-                            for o in 0..rows.len() {
-                                let (sum, to) = (from.map_or(T::zero(), |from| *from.add(o)), to.from(o).data.add(k));
-                                *to = if accumulate { *to + sum } else { sum };
-                            }
-                        }
+                        let to = Rows::new(pointer::<T>(row_of(b, first)).add(j), b.row_stride);
+                        let from = share.places_of(j, share.active).map(column);
+                        rows_to_columns(n, &from[..SIDE.min(share.rank - j)], to, accumulate);
                     }
+                    continue;
                 }
-                return;
-            }
-            for begin in (0..share.rank).step_by(PIECE) {
-                let n = PIECE.min(share.rank - begin);
-                let mut columns = [None; PIECE];
-                columns[..n]
-                    .iter_mut()
-                    .enumerate()
-                    .for_each(|(j, at)| *at = column(share.place(begin + j, share.active)));
-                for o in 0..b.rows {
-                    let to = row_of(b, o).offset(begin * b.dtype.size());
-                    let value = |j: usize| columns[j].map_or(T::default(), |column| *column.add(o));
-                    give(n, accumulate, b.dtype, to, value);
+                for begin in (0..share.rank).step_by(PIECE) {
+                    let count = PIECE.min(share.rank - begin);
+                    let mut columns = [zeros.as_ptr(); PIECE];
+                    for (j, at) in columns[..count].iter_mut().enumerate() {
+                        *at = column(share.place(begin + j, share.active));
+                    }
+                    let mut sums = [T::default(); PIECE];
+                    for o in 0..n {
+                        sums[..count].iter_mut().zip(&columns).for_each(|(sum, column)| *sum = *column.add(o));
+                        let to = row_of(b, first + o).offset(begin * b.dtype.size());
+                        give(count, accumulate, b.dtype, to, sums.as_ptr());
+                    }
                 }
             }
         }
@@ -811,22 +885,26 @@ unsafe fn columns_to_rows<T: Real>(n: usize, from: Rows<T>, to: [*mut T; SIDE]) 
     }
 }
 
-/// The reverse; may add to the columns.
+/// The reverse, of up to [`SIDE`] rows; may add to the columns.
 ///
 /// # Safety
-/// n elements of each row can be read, and n rows of [`SIDE`] elements read and written; they do not overlap.
-unsafe fn rows_to_columns<T: Real>(n: usize, from: [*mut T; SIDE], to: Rows<T>, accumulate: bool) {
+/// n elements of each row can be read, and n rows of as many elements read and written; they do not overlap.
+unsafe fn rows_to_columns<T: Real>(n: usize, from: &[*const T], to: Rows<T>, accumulate: bool) {
+    let mut begin = 0;
     // SAFETY: as this function asks.
     unsafe {
-        for o in (0..n - n % SIDE).step_by(SIDE) {
-            let block = from.map(|from| from.add(o).cast::<[T; SIDE]>().read_unaligned());
-            for (i, sums) in T::transpose(block).into_iter().enumerate() {
-                let to = to.from(o + i).data.cast::<[T; SIDE]>();
-                let there = if accumulate { to.read_unaligned() } else { [T::zero(); SIDE] };
-                to.write_unaligned(std::array::from_fn(|k| there[k] + sums[k]));
+        if let Ok(four) = <[*const T; SIDE]>::try_from(from) {
+            begin = n - n % SIDE;
+            for o in (0..begin).step_by(SIDE) {
+                let block = four.map(|from| from.add(o).cast::<[T; SIDE]>().read_unaligned());
+                for (i, sums) in T::transpose(block).into_iter().enumerate() {
+                    let to = to.from(o + i).data.cast::<[T; SIDE]>();
+                    let there = if accumulate { to.read_unaligned() } else { [T::zero(); SIDE] };
+                    to.write_unaligned(std::array::from_fn(|k| there[k] + sums[k]));
+                }
             }
         }
-        for o in n - n % SIDE..n {
+        for o in begin..n {
             for (k, from) in from.iter().enumerate() {
                 let (sum, to) = (*from.add(o), to.from(o).data.add(k));
                 *to = if accumulate { *to + sum } else { sum };
@@ -838,27 +916,32 @@ unsafe fn rows_to_columns<T: Real>(n: usize, from: [*mut T; SIDE], to: Rows<T>, 
 /// Writes up to [`PIECE`] elements of a gradient, or adds to them.
 ///
 /// # Safety
-/// n elements of `dtype` can be read and written there.
-unsafe fn give<T: Real>(n: usize, accumulate: bool, dtype: Dtype, to: Address, value: impl Fn(usize) -> T) {
-    let mut sum = [T::default(); PIECE];
+/// n sums can be read, and n elements of `dtype` read and written; they do not overlap.
+unsafe fn give<T: Real>(n: usize, accumulate: bool, dtype: Dtype, to: Address, sums: *const T) {
     // SAFETY: as this function asks.
     unsafe {
-        if accumulate {
-            load(dtype, to, n, sum.as_mut_ptr());
+        if !accumulate {
+            return store(dtype, sums, n, to);
         }
-        for (i, slot) in sum[..n].iter_mut().enumerate() {
-            *slot += value(i);
-        }
-        store(dtype, sum.as_ptr(), n, to);
+        let mut there = [T::default(); PIECE];
+        load(dtype, to, n, there.as_mut_ptr());
+        add(n, std::iter::once(sums.cast_mut()), there.as_mut_ptr());
+        store(dtype, there.as_ptr(), n, to);
     }
 }
 
+/// Adds arrays, in their order.
+///
 /// # Safety
-/// n elements can be read at `from`, and read and written at `to`; they do not overlap.
-unsafe fn add<T: Copy + std::ops::AddAssign>(n: usize, from: *const T, to: *mut T) {
-    for i in 0..n {
-        // SAFETY: as this function asks.
-        unsafe { *to.add(i) += *from.add(i) };
+/// n elements of each can be read, and read and written at `to`; they do not overlap.
+unsafe fn add<T: Copy + std::ops::AddAssign>(n: usize, arrays: impl Iterator<Item = *mut T> + Clone, to: *mut T) {
+    for begin in (0..n).step_by(PIECE) {
+        for from in arrays.clone() {
+            for i in begin..n.min(begin + PIECE) {
+                // SAFETY: as this function asks.
+                unsafe { *to.add(i) += *from.add(i) };
+            }
+        }
     }
 }
 
@@ -867,10 +950,13 @@ unsafe fn add<T: Copy + std::ops::AddAssign>(n: usize, from: *const T, to: *mut 
 unsafe fn forward_as<T: Real>(cpu: &Host, pass: &Pass) -> Result<()> {
     // SAFETY: as this function asks.
     let run = unsafe { Run::<T>::new(cpu, pass) }?;
-    cpu.team.run(pass.tokens.div_ceil(BLOCK), run.parallel, "y and h are", |task, worker| {
-        let (scratch, first) = (run.layout.scratch(worker, &run.geometries), task * BLOCK);
-        // SAFETY: the worker's scratch; each block is one task.
-        unsafe { run.forward_block(first, BLOCK.min(pass.tokens - first), &scratch) };
+    let size = forward_tokens(pass.tokens, cpu.team.threads());
+    cpu.team.run(pass.tokens.div_ceil(size), run.parallel, "y and h are", |task, worker| {
+        let scratch = run.layout.scratch(worker, &run.geometries);
+        for block in blocks(task * size..pass.tokens.min((task + 1) * size)) {
+            // SAFETY: the worker's scratch; each block is in one task.
+            unsafe { run.forward_block(block, &scratch) };
+        }
     })
 }
 

@@ -153,7 +153,29 @@ pub(super) trait Vector: Copy {
     /// `n` elements, 1 to `LANES`, can be written there.
     unsafe fn store_part(self, to: *mut Self::Element, n: usize);
     /// Asks for the cache line at an address, which need not be one that can be read.
-    fn prefetch<P>(at: *const P);
+    #[inline(always)]
+    fn prefetch<P>(at: *const P) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every processor of the architecture has it, and a prefetch of any address is allowed.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = at;
+    }
+    /// As [`Vector::prefetch`], into the second cache.
+    #[inline(always)]
+    fn prefetch_second<P>(at: *const P) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every processor of the architecture has it, and a prefetch of any address is allowed.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T1>(at.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = at;
+    }
     /// `self * factor + addend`.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// The sum of the lanes, always in the same order.
@@ -359,18 +381,6 @@ impl<T: Real, const N: usize> Vector for Lanes<T, N> {
     }
 
     #[inline(always)]
-    fn prefetch<P>(at: *const P) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: every processor of the architecture has it, and a prefetch of any address is allowed.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(at.cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = at;
-    }
-
-    #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {
         // Two roundings: a fused operation would be a function call where the processor has none.
         let mut lanes = addend.0;
@@ -442,12 +452,6 @@ mod x86 {
                 unsafe fn store_part(self, to: *mut $element, n: usize) {
                     // SAFETY: see above.
                     unsafe { $store_part(to, n, self.0) }
-                }
-
-                #[inline(always)]
-                fn prefetch<P>(at: *const P) {
-                    // SAFETY: a prefetch of any address is allowed.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
                 }
 
                 #[inline(always)]

@@ -2,7 +2,7 @@
 
 use super::Host;
 use super::element::{is_own, load, pointer, read, store, sum_to_odd, write};
-use super::kernels::{Coefficients, Order, Rows, Sums, accumulate};
+use super::kernels::{Coefficients, Nothing, Order, Rows, Sums, accumulate};
 use super::simd::{Isa, Real};
 use crate::adapter::{Combine, Geometry, Layout};
 use crate::error::Result;
@@ -156,7 +156,7 @@ impl Tile {
                 };
                 let c = Coefficients { data: c.as_ptr(), row: DEPTH, column: 1 };
                 let out = Rows::new(sum.as_mut_ptr(), COLUMNS);
-                accumulate(host.isa, (Order::ByRow, Sums::Go), (self.rows, depth, self.columns), c, rows, out);
+                accumulate(host.isa, (Order::ByRow, Sums::Go), (self.rows, depth, self.columns), c, rows, out, Nothing);
             }
         }
         let mut finite = true;
