@@ -265,21 +265,24 @@ class Ours:
             for x, dy in zip(other.x, other.dy, strict=True)
         ]
         self.kept = [np.zeros((shape.tokens, shape.rank), np.float32) for _ in self.adapters]
-        self.calls = [
-            adapter.call(x, params, grads=grads, y=y, dy=dy, dx=dx, h=h)
+        # One workspace for all, as in adalora.torch: no two passes run at once.
+        workspace = None
+
+        def calls(pattern: np.ndarray | None) -> list[adalora.GroupCall]:
+            nonlocal workspace
+            made = []
             for adapter, params, grads, (x, y, dy, dx), h in zip(
                 self.adapters, self.params, self.training.grads, arrays, self.kept, strict=True
-            )
-        ]
+            ):
+                share = adalora.Share(adapter, params, grads=grads, y=y, dy=dy, h=h, pattern=pattern)
+                made.append(adalora.GroupCall([share], x, dx=dx, workspace=workspace))
+                workspace = made[0].workspace
+            return made
+
+        self.calls = calls(None)
         # The same with a final pattern that keeps a third of the triplets.
         self.live_rank = max(shape.rank // 3, 1)
-        pattern = np.arange(shape.rank) < self.live_rank
-        self.compacted = [
-            adapter.call(x, params, grads=grads, y=y, dy=dy, dx=dx, h=h, pattern=pattern)
-            for adapter, params, grads, (x, y, dy, dx), h in zip(
-                self.adapters, self.params, self.training.grads, arrays, self.kept, strict=True
-            )
-        ]
+        self.compacted = calls(np.arange(shape.rank) < self.live_rank)
         self.y, self.dx = [a[1] for a in arrays], [a[3] for a in arrays]
         self.sum_of_squares, self.factor = np.zeros(1), np.ones(1)
         self.found_inf, self.penalty = np.zeros(1, np.float32), np.zeros(1)
