@@ -193,6 +193,14 @@ def test_streams_that_need_no_order(device):
     assert given.streams == [1]
 
 
+@pytest.mark.parametrize("stream", [-1, 1 << 64, "7", 1.5, object()])
+def test_what_is_no_stream_is_refused(device, stream):
+    adapter = Adapter(device.context, 6, 4, init_r=2)
+    params, x, y = adapter.new_params(1), *(device.empty(shape, np.float32) for shape in ((5, 6), (5, 4)))
+    with pytest.raises(InvalidArgumentError, match=r"^stream: expected the address of a cudaStream_t as an int, or No"):
+        adapter.call(x, params, y=y, stream=stream)
+
+
 def test_an_error_is_told_once(device):
     lease = device.context.memory.lease()
     with pytest.raises(adalora.AdaLoRAError, match=r"^cudaSetDevice: cudaErrorInvalidDevice \(101\)$"):

@@ -69,6 +69,11 @@ class Lease:
     __slots__ = ("device", "kept", "runtime", "stream")
 
     def __init__(self, device: int | None = None, stream: int | None = None, runtime: Runtime | None = None) -> None:
+        if stream is not None and not (isinstance(stream, int) and 0 <= stream < 1 << 64):
+            raise InvalidArgumentError(
+                f"stream: expected the address of a cudaStream_t as an int, or None, found {type(stream).__name__} "
+                f"{stream}"
+            )
         self.device, self.stream, self.runtime = device, stream, runtime
         self.kept: list[Any] = []
 
