@@ -37,6 +37,24 @@ void zero_stays_zero(Backend& backend, LayerCase layer) {
                  layer.param);
 }
 
+// What a pattern masks takes part in nothing, whatever it holds.
+void masked_stays_out(Backend& backend, const LayerCase& layer) {
+  LayerContents contents = random_contents(layer);
+  const LayerResults expected = expected_results(layer, contents);
+  for (AdapterContents& one : contents.adapters)
+    for (int64_t i = 0; i < one.params.rank(); ++i) {
+      if (layer.keeps(i)) continue;
+      one.params.E(0, i) = NAN;
+      for (int64_t j = 0; j < one.params.A.columns; ++j) one.params.A(i, j) = NAN;
+      for (int64_t j = 0; j < one.params.B.rows; ++j) one.params.B(j, i) = NAN;
+    }
+  Pass pass(backend, backend.context(), layer, contents);
+  pass.forward();
+  pass.check_forward(expected);
+  pass.backward();
+  pass.check_backward(expected);
+}
+
 // Factors of unusual size, each multiplied by a power of two: no scale on the way to what comes of them is infinite.
 using Sizes = std::array<int, 3>;  // of A, E and B
 
@@ -240,6 +258,23 @@ std::vector<Case> forward_backward_cases() {
     rows.push_back(
         {"a triplet whose E is 0 adds nothing", layer.name, [layer](Backend& b) { zero_stays_zero(b, layer); }});
   }
+
+  for (const Types& types : {Types{f64, f64}, Types{f32, f32}, Types{bf16, f32}, Types{bf16, bf16}}) {
+    LayerCase layer = of(types, {33, 65, 13, 17});
+    layer.pattern = true;
+    rows.push_back(
+        {"a masked triplet takes part in nothing", layer.name, [layer](Backend& b) { masked_stays_out(b, layer); }});
+    layer.keeps_h = false;
+    rows.push_back({"a masked triplet takes part in nothing", layer.name + " without h",
+                    [layer](Backend& b) { masked_stays_out(b, layer); }});
+  }
+
+  // Each number of triplets has tiles of its own.
+  for (const Types& types : {Types{f64, f64}, Types{f32, f32}, Types{bf16, f32}})
+    rows.push_back({"every rank from 1 to 128", name_of(types.activation) + " " + name_of(types.param),
+                    [types](Backend& backend) {
+                      for (int64_t rank = 1; rank <= 128; ++rank) check_both(backend, of(types, {9, 21, 19, rank}));
+                    }});
 
   for (const Types& types : {Types{f64, f64}, Types{f32, f32}, Types{bf16, f32}, Types{f16, f32}, Types{bf16, bf16}}) {
     const LayerCase layer = of(types, {33, 65, 13, 8});
