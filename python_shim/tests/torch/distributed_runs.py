@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -24,8 +25,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from adalora import AdaLoRAError
+from adalora.peft import accelerate
 from adalora.torch import (
     AdaLoraConfig,
     AdamW,
@@ -288,9 +291,15 @@ def saved_by_torch(way: str, options: dict[str, Any], stop: int, folder: Path) -
 
 
 def saved(way: str, folder: Path) -> None:
-    """The files of a model before it is trained."""
+    """The files of a model whose parameters change after a forward pass."""
     model = network()
-    prepared(way, model)
+    called = prepared(way, model)
+    params = RankAllocator(model).parameters()
+    with torch.no_grad():
+        # After which FSDP2's outermost unit, or every one, shows its parameters as they are gathered.
+        called(batches(0, 1)[0][0])
+        for p in params:
+            local(p).mul_(2)
     save_adapter(model, folder)
     export_lora(model, folder / "lora")
 
@@ -325,6 +334,47 @@ def half_precision(way: str) -> dict[str, Any]:
         name: whole(p).detach().float().numpy() for name, p in zip(allocator.names, allocator.parameters(), strict=True)
     }
     return {"value": value, "grads": grads, "values": values, "digest": allocator.digest()}
+
+
+class Scored(nn.Module):
+    """What PEFT adapts: three layers, and a loss among the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(n, m, dtype=torch.float64) for n, m in ((6, 7), (7, 8), (8, 1)))
+
+    def forward(self, x: Tensor, wanted: Tensor) -> SequenceClassifierOutput:
+        """The loss."""
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return SequenceClassifierOutput(loss=(x - wanted).square().mean())
+
+
+def trained_by_peft(way: str) -> dict[str, Any]:
+    """A run of a PEFT model, with the penalty in its loss."""
+    torch.manual_seed(5)
+    own = {name: value for name, value in SETTINGS.items() if name not in ("modules_to_save", "target_modules")}
+    config = peft.AdaLoraConfig(**own, target_modules=[f"layers.{k}" for k in range(3)])
+    model = accelerate(peft.get_peft_model(Scored(), config))
+    tuner = model.base_model
+    if way == "fsdp":
+        for layer in tuner.model.layers[1:]:
+            fully_shard(layer)
+        accelerate(fully_shard(tuner))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=2e-2)
+    patterns = []
+    for step, (x, wanted) in enumerate(batches(0, STEPS)):
+        tuner(x, wanted).loss.backward()
+        nn.utils.clip_grad_norm_(params, 0.5)
+        optimizer.step()
+        tuner.update_and_allocate(step)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            tuner(x, wanted)
+        patterns.append(tuner.rankallocator.rank_pattern())
+    values = [whole(p).detach().clone().numpy() for p in tuner.rankallocator.parameters()]
+    return {"patterns": patterns, "values": values}
 
 
 def flat_buffer() -> None:

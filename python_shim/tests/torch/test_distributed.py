@@ -102,6 +102,15 @@ def test_half_precision(two):
                 )
 
 
+def test_a_sharded_model_of_pefts(two):
+    expected = runs.trained_by_peft("alone")
+    assert expected["patterns"][0] != expected["patterns"][-1]
+    for found in two.run(runs.trained_by_peft, "fsdp"):
+        assert found["patterns"] == expected["patterns"]
+        for value, one in zip(found["values"], expected["values"], strict=True):
+            np.testing.assert_allclose(value, one, rtol=1e-8, atol=1e-11)
+
+
 def test_one_buffer_of_gradients(two):
     two.run(runs.flat_buffer)
 
@@ -161,8 +170,9 @@ def test_a_sharded_run_is_resumed_from_pytorchs_distributed_checkpoint(two, opti
         assert_equal(resumed, whole_run)
 
 
-def test_the_files_of_a_sharded_model_are_those_of_one_process(two, tmp_path):
-    two.run(runs.saved, "fsdp", tmp_path / "sharded")
+@pytest.mark.parametrize("way", ["fsdp", "fsdp kept"])
+def test_the_files_of_a_sharded_model_are_those_of_one_process(two, way, tmp_path):
+    two.run(runs.saved, way, tmp_path / "sharded")
     runs.saved("alone", tmp_path / "alone")
     files = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file()]
     assert len(files) == 4

@@ -141,7 +141,10 @@ class RankAllocator:
         over._place_with_gradients("update_ipt")
         # The schedule does not matter to it before its end.
         step = torch.zeros((), dtype=torch.int64, device=over._step.device)
-        values = StepValues(step, has_grad=over._has_grad, context=over._native.context, stream=over._stream)
+        found_inf = None if over._sharding is None else over.look_for_inf()
+        values = StepValues(
+            step, found_inf=found_inf, has_grad=over._has_grad, context=over._native.context, stream=over._stream
+        )
         over._native.update(values, with_adamw=False, stream=over._stream)
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
@@ -156,8 +159,7 @@ class RankAllocator:
         n = sum(self._ranks())
         if not 0 <= budget <= n:
             raise InvalidArgumentError(f"budget: expected 0 to {n}, the number of triplets, found {budget}")
-        scores = torch.empty(n, dtype=torch.float64, device=over._step.device)
-        over._native.scores(scores, stream=over._stream)
+        scores = over._reduced_scores()
         kept = torch.zeros(n, dtype=torch.bool, device=scores.device)
         kept[scores.sort(descending=True, stable=True).indices[:budget]] = True
         flags = over._initial_pattern([each.tolist() for each in kept.split(self._ranks())])

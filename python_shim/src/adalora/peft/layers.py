@@ -376,7 +376,8 @@ def accelerated_class(layer: nn.Module) -> type:
 
     """
     found = type(layer)
-    if found in CLASSES.values():
+    if isinstance(layer, _Adapted):
+        # One of ours, or what fully_shard made of it.
         return found
     if found not in CLASSES:
         expected = ", ".join(cls.__name__ for cls in CLASSES)

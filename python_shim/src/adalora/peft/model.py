@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
+from ..torch.distributed import fsdp_modules, reshard
 from .allocator import RankAllocator, by_path, check_config
 from .layers import CLASSES, accelerated_class
 
@@ -189,6 +190,8 @@ class AdaLoraModel(theirs.AdaLoraModel):
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         self._check_merge_allowed()
+        # Which shows that it cannot be.
+        reshard(self.model)
         for each in self.model.modules():
             if isinstance(each, tuple(CLASSES.values())):
                 # Values are looked at only then.
@@ -229,7 +232,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     The model is changed in place, and stays what it is: parameters are the very tensors that PEFT made, and names,
     state dict, hooks, optimisers and `print(model)` do not change. A run may be under way: importance and pattern go
-    on.
+    on. It comes before `fully_shard`, and once more after it: in the forward pass, where the penalty belongs, sharded
+    parameters do not show.
 
     Args:
         model: a PEFT model with an AdaLoRA adapter, or any module that contains PEFT's AdaLoRA layers.
@@ -252,19 +256,24 @@ def accelerate(model: nn.Module) -> nn.Module:
         _refuse_groups(layer)
     tuners = [each for each in model.modules() if isinstance(each, theirs.AdaLoraModel)]
     for tuner in tuners:
-        if type(tuner) not in (theirs.AdaLoraModel, AdaLoraModel):
+        if type(tuner) is not theirs.AdaLoraModel and not isinstance(tuner, AdaLoraModel):
             raise UnsupportedError(f"model: expected PEFT's AdaLoraModel, found {type(tuner)}")
         for config in tuner.peft_config.values():
             check_config(config)
     for layer, cls in zip(layers, classes, strict=True):
         layer.__class__ = cls
+    is_sharded = bool(fsdp_modules(model))
+    reshard(model)
     for tuner in tuners:
-        tuner.__class__ = AdaLoraModel
+        if not isinstance(tuner, AdaLoraModel):
+            tuner.__class__ = AdaLoraModel
         allocator = tuner.__dict__.get("rankallocator")
         if isinstance(allocator, theirs.RankAllocator):
             ours = RankAllocator(tuner.model, allocator.peft_config, allocator.adapter_name)
             ours.take_over(allocator)
-            tuner.rankallocator = ours
+            allocator = tuner.rankallocator = ours
+        if is_sharded and isinstance(allocator, RankAllocator):
+            allocator.parameters()
     return model
 
 

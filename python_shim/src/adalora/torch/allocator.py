@@ -195,7 +195,8 @@ class RankAllocator:
         if self._sharding is not None:
             for p, grad in zip(self.parameters(), self._penalty_of_shards(weight, self._loss_scale), strict=True):
                 if grad is not None and p.grad is not None:
-                    local(p.grad).add_(grad)
+                    # PyTorch counts it as little as what the library adds: a norm that was measured goes on counting.
+                    local(p.grad).data.add_(grad)
         else:
             weight = self.config.orth_reg_weight if weight is None else weight
             self._native.orthogonality(weight, self._importance_values, stream=self._stream)
@@ -235,8 +236,7 @@ class RankAllocator:
             self.note_inf(found_inf)
             values = self._noted_values
         elif self._sharding is not None:
-            self.found_inf.zero_()
-            self.gradient_norm(torch.zeros_like(self.grad_factor), self.found_inf)
+            self.look_for_inf()
             values = self._noted_values
         self._run(values, global_step, with_adamw=False)
         increment_version(self.parameters()[1::3])
@@ -318,14 +318,14 @@ class RankAllocator:
         self._native.set_pattern(
             torch.tensor(flags, dtype=torch.bool, device=self._step.device), final=final, stream=self._stream
         )
-        increment_version(self.parameters()[1::3])
+        self._show_masked()
 
     @torch.no_grad()
     def finalize(self) -> None:
         """Take the last mask now, as crossing `total_step - tfinal` would; nothing where the pattern is final."""
         self.place()
         self._native.finalize(None if self._sharding is None else self._reduced_scores(), stream=self._stream)
-        increment_version(self.parameters()[1::3])
+        self._show_masked()
 
     @torch.no_grad()
     def compact(self, *optimizers: Optimizer) -> None:
@@ -528,6 +528,12 @@ class RankAllocator:
         if found_inf is not None:
             found_inf.copy_(found.clamp(max=1).to(found_inf).maximum(found_inf))
 
+    def look_for_inf(self) -> Tensor:
+        """Note whether a gradient of any adapter is not finite, in any process, in one value; after `place`."""
+        self.found_inf.zero_()
+        self.gradient_norm(torch.zeros_like(self.grad_factor), self.found_inf)
+        return self.found_inf
+
     def note_inf(self, found_inf: Tensor) -> None:
         """Take over whether a gradient is not finite, in any process: above 0 where one is, one value."""
         self.found_inf.copy_(found_inf)
@@ -585,6 +591,15 @@ class RankAllocator:
         masks = step == self._last_mask or self.budget(step).masks
         scores = self._reduced_scores() if masks else self._no_scores
         self._native.select(values, scores, stream=self._stream)
+
+    def _show_masked(self) -> None:
+        """Let others see that E has changed between steps: in what FSDP2 has gathered for a while, too."""
+        Es = self.parameters()[1::3]
+        increment_version(Es)
+        for holder, E in zip(self._holders[1::3], Es, strict=True):
+            shown = holder[self.adapter_name]
+            if shown is not E:
+                shown.copy_(whole(E))
 
     def _reduced_scores(self) -> Tensor:
         scores = torch.empty(self._native.total_rank, dtype=torch.float64, device=self._step.device)

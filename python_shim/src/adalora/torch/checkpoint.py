@@ -26,7 +26,16 @@ from ..errors import AdaLoRAError, CorruptDataError, InvalidArgumentError, Inval
 from .compaction import compacted_pattern, cut, keep_pattern, shrink
 from .config import TASK_HEADS, AdaLoraConfig
 from .convolution import SVDConv1d, SVDConv2d
-from .distributed import copy_whole, fsdp_modules, gather_objects, in_first_process, is_dtensor, spread_state, whole
+from .distributed import (
+    copy_whole,
+    fsdp_modules,
+    gather_objects,
+    in_first_process,
+    is_dtensor,
+    reshard,
+    spread_state,
+    whole,
+)
 from .embedding import SVDEmbedding
 from .layers import SVDLayer, uncompiled
 from .matching import matching_modules, svd_layer
@@ -71,6 +80,7 @@ def save_adapter(
     """
     config = get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
+    reshard(model)
     own = compacted_pattern(config, layers)
     if own is not None and rank_pattern is not None and own != {p: list(kept) for p, kept in rank_pattern.items()}:
         raise InvalidArgumentError("rank_pattern: expected that of the compacted adapter, or None, found another")
@@ -102,6 +112,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], adapter_name: 
     """
     config = get_config(model, adapter_name)
     layers = named_adapters(model, adapter_name)
+    reshard(model)
     adapters = _saved_adapters(layers, adapter_name, compacted_pattern(config, layers))
     _save(
         files.export_lora,
@@ -213,9 +224,7 @@ def load_adapter(
         _check_tensors(found, expected, Path(folder) / ADAPTER_FILE)
         values = _values(checkpoint, found)
 
-    for module in fsdp_modules(model):
-        # What is gathered for a while is no place to copy to.
-        module.reshard()
+    reshard(model)
     if is_new:
         adapt(model, config, adapter_name)
         layers = named_adapters(model, adapter_name)

@@ -161,6 +161,12 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Let a model show its sharded parameters: what FSDP2 has gathered for a while is no place to read or write."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
 def in_first_process(work: Callable[[], None]) -> None:
     """Do in the first process what is to be done once; the others wait, and fail where it does."""
     failed: list[str | None] = [None]

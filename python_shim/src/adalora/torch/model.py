@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import AdaLoRAError, InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
+from .distributed import reshard
 from .layers import SharedInput, SVDLayer, SVDLinear, uncompiled
 from .matching import matching_modules, svd_layer
 
@@ -279,6 +280,8 @@ def merge(
     for name in adapter_names or ():
         get_config(model, name)
     layers = named_adapters(model, None)
+    # Which shows that it cannot be.
+    reshard(model)
     for path, layer in layers.items():
         try:
             layer.check_merge(adapter_names, safe_merge)

@@ -122,7 +122,7 @@ class AdamW(torch.optim.AdamW):
             squares += total_norm(others).to(squares) ** 2
         norm = squares.sqrt()
         self._clip = norm, float(max_norm)
-        self._measured = [(weakref.ref(g), g._version) for g in self._gradients()]
+        self._measured = [(weakref.ref(g), g._version) for g in map(local, self._gradients())]
         wide = torch.float64 in {t.dtype for t in (*allocator.parameters(), *others)}
         return norm if wide else norm.float()
 
@@ -304,19 +304,18 @@ class AdamW(torch.optim.AdamW):
 
     def _are_measured(self) -> bool:
         """Whether the gradients are those that `clip_grad_norm_` saw."""
-        grads = self._gradients()
+        # FSDP2 adds to what a DTensor holds.
+        grads = list(map(local, self._gradients()))
         return len(grads) == len(self._measured) and all(
             ref() is g and version == g._version for g, (ref, version) in zip(grads, self._measured, strict=True)
         )
 
     def _look_for_inf(self, clip: tuple[Tensor, float] | None) -> None:
         """Note whether a gradient of any parameter is not finite."""
-        found_inf = self.allocator.found_inf
         if clip is not None:
-            found_inf.copy_(~clip[0].isfinite())
+            self.allocator.found_inf.copy_(~clip[0].isfinite())
             return
-        found_inf.zero_()
-        self.allocator.gradient_norm(torch.zeros_like(self.allocator.grad_factor), found_inf)
+        found_inf = self.allocator.look_for_inf()
         others = self._other_gradients()
         if others:
             found_inf += any_is_not_finite(others).to(found_inf.device)
