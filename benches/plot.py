@@ -39,10 +39,10 @@ def draw_ratios(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=8)
 
 
-def draw_growth(axes: Axes, rows: list[dict[str, Any]], along: str) -> None:
-    """Forward and backward along one property of the shape."""
+def draw_growth(axes: Axes, rows: list[dict[str, Any]], base: dict[str, Any], along: str) -> None:
+    """Forward and backward along one property, with all others as in the base."""
     chosen = sorted(
-        (row for row in rows if all(row[name] == value for name, value in BASE.items() if name != along)),
+        (row for row in rows if all(row[name] == value for name, value in base.items() if name != along)),
         key=lambda row: row[along],
     )
     for side, label in SIDES.items():
@@ -59,13 +59,14 @@ def main() -> None:
     document = json.loads(source.read_text())
     rows = [row for row in document["rows"] if row["operation"] != "demo_step" and row["dtype"] == "float32"]
     most = max(row["threads"] for row in rows)
-    rows = [row for row in rows if row["threads"] == most]
     passes = [row for row in rows if row["operation"] == "forward_backward"]
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    grid = figure.add_gridspec(3, 2, width_ratios=(3, 2))
+    rows = [row for row in rows if row["threads"] == most]
+    base = BASE | {"threads": most}
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    grid = figure.add_gridspec(4, 2, width_ratios=(3, 2))
     draw_ratios(figure.add_subplot(grid[:, 0]), rows)
-    for k, along in enumerate(("tokens", "rank", "layers")):
-        draw_growth(figure.add_subplot(grid[k, 1]), passes, along)
+    for k, along in enumerate(("tokens", "rank", "layers", "threads")):
+        draw_growth(figure.add_subplot(grid[k, 1]), passes, base, along)
     figure.suptitle(f"{document['machine']['processor']}, {most} threads, float32")
     figure.savefig(sys.argv[2] if len(sys.argv) > 2 else source.with_suffix(".png"), dpi=120)
 
