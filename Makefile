@@ -118,7 +118,7 @@ gpu-check:
 	$(or $(wildcard $(PYTHON)),python3) benches/gpu/check.py $(GPU_CHECK)
 
 bench: python
-	$(PYTHON) benches/bench.py
+	$(PYTHON) benches/bench.py --dtype float32 bfloat16 --compile
 
 header: tools
 	WRITE_HEADER=1 cargo test --locked --test header

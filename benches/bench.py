@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,11 +101,14 @@ class Machine(NamedTuple):
     """Of a product of large matrices of float32."""
 
 
-def measure() -> Machine:
-    """The better of several copies, and of several products."""
+def measure(threads: int) -> Machine:
+    """The best of several copies, PyTorch's and NumPy's in threads of our own, and of several products."""
     source, target = torch.zeros(COPIED), torch.empty(COPIED)
     matrix, product = torch.randn(MULTIPLIED, MULTIPLIED), torch.empty(MULTIPLIED, MULTIPLIED)
-    copy = min(elapsed(lambda: target.copy_(source)) for _ in range(7))
+    parts = [np.array_split(array.numpy(), threads) for array in (target, source)]
+    with ThreadPoolExecutor(threads) as pool:
+        copies = (lambda: target.copy_(source), lambda: list(pool.map(np.copyto, *parts)))
+        copy = min(elapsed(each) for _ in range(7) for each in copies)
     multiply = min(elapsed(lambda: torch.mm(matrix, matrix, out=product)) for _ in range(5))
     return Machine(2 * 4 * COPIED / copy, 2 * MULTIPLIED**3 / multiply)
 
@@ -467,7 +471,7 @@ def main() -> None:
     print(" ".join(form.format(title) for form, title in zip(COLUMNS.values(), TITLES, strict=True)))
     for threads in options.threads or sorted({cores, 1}, reverse=True):
         torch.set_num_threads(threads)
-        machines[threads] = machine = measure()
+        machines[threads] = machine = measure(threads)
         for shape, name in itertools.product(shapes, options.dtype):
             dtype = getattr(torch, name)
             torch.manual_seed(0)
