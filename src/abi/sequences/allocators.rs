@@ -1360,8 +1360,10 @@ impl World {
                 }
                 _ => {
                     let pattern = counters + 8 * (6 + n);
-                    if fits && bytes.len() > pattern + 8 && w.chance(60) {
-                        bytes[pattern + w.below(self.allocators[i].triplets())] = 2 + w.below(254) as u8;
+                    let triplets = self.allocators[i].triplets();
+                    // A mask may have left none.
+                    if fits && triplets > 0 && w.chance(60) {
+                        bytes[pattern + w.below(triplets)] = 2 + w.below(254) as u8;
                     } else {
                         // Version, and what is reserved after it.
                         bytes[w.pick(&[8, 11, 12, 15])] = w.pick(&[2, 255]);
