@@ -1,7 +1,7 @@
 //! The two skinny products that everything is made of, on one thread, in registers:
 //! `dot` (rows times rows, along the features) and `accumulate` (few rows added into many columns).
 
-use super::simd::{Isa, Memory, Real, Vector};
+use super::simd::{Isa, Memory, Real, Vector, prefetch, prefetch_second};
 
 /// Rows of elements in memory, `stride` apart.
 #[derive(Clone, Copy)]
@@ -240,12 +240,12 @@ unsafe fn dot_tile<V: Vector, S: Memory<V::Element>, A: Asks, const M: usize, co
                 *factor = V::load(p.data.add(j * p.stride + k));
             }
             if A::ANYTHING {
-                V::prefetch_second(ask);
+                prefetch_second(ask);
                 ask = ask.wrapping_add(step);
             }
             for (i, row) in sums.iter_mut().enumerate() {
                 if PREFETCH {
-                    V::prefetch(x.data.wrapping_add((M + i) * x.stride + k));
+                    prefetch(x.data.wrapping_add((M + i) * x.stride + k));
                 }
                 let value: V = S::load(x.data.add(i * x.stride + k));
                 for (sum, factor) in row.iter_mut().zip(&factors) {
@@ -590,7 +590,7 @@ unsafe fn accumulate_tile<
             let next = if PREFETCH == NEXT_ROWS { M * out.stride } else { W * V::LANES };
             for i in 0..M {
                 for v in 0..W {
-                    V::prefetch(out.data.wrapping_add(next + i * out.stride + v * V::LANES));
+                    prefetch(out.data.wrapping_add(next + i * out.stride + v * V::LANES));
                 }
             }
         }
@@ -598,14 +598,14 @@ unsafe fn accumulate_tile<
         let (mut ask, step) = if asks { ahead.take(depth, LINE, p.data) } else { (std::ptr::null(), 0) };
         for k in 0..depth {
             if asks {
-                V::prefetch_second(ask);
+                prefetch_second(ask);
                 ask = ask.wrapping_add(step);
             }
             let mut values = zeros::<V, W>();
             for (v, value) in values.iter_mut().enumerate() {
                 *value = load::<V, P, W, PART>(p.data.add(k * p.stride), v, last);
                 if PREFETCH == NEXT_INPUT {
-                    V::prefetch(p.data.wrapping_add(k * p.stride + (W + v) * V::LANES));
+                    prefetch(p.data.wrapping_add(k * p.stride + (W + v) * V::LANES));
                 }
             }
             for (i, row) in sums.iter_mut().enumerate() {

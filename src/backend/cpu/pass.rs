@@ -7,7 +7,7 @@
 use super::Host;
 use super::element::{is_own, load, pointer, store};
 use super::kernels::{Ahead, Coefficients, Order, Rows, Sums, accumulate, dot};
-use super::simd::{Isa, Real, Vector};
+use super::simd::{Isa, Real, prefetch};
 use crate::adapter::{ALIGNMENT, Call, Geometry, Pass};
 use crate::error::{Error, Result};
 use crate::philox::Dropout;
@@ -872,7 +872,7 @@ unsafe fn columns_to_rows<T: Real>(n: usize, from: Rows<T>, to: [*mut T; SIDE]) 
     unsafe {
         for o in (0..n - n % SIDE).step_by(SIDE) {
             let block = std::array::from_fn(|i| {
-                T::Portable::prefetch(from.from(o + i + TRANSPOSED).data);
+                prefetch(from.from(o + i + TRANSPOSED).data);
                 from.from(o + i).data.cast::<[T; SIDE]>().read_unaligned()
             });
             for (to, values) in to.iter().zip(T::transpose(block)) {

@@ -130,6 +130,31 @@ impl Real for f64 {
     }
 }
 
+/// Asks for the cache line at an address, which need not be one that can be read.
+#[inline(always)]
+pub(super) fn prefetch<P>(at: *const P) {
+    // _MM_HINT_T0.
+    ask_for::<3, P>(at);
+}
+
+/// As [`prefetch`], into the second cache.
+#[inline(always)]
+pub(super) fn prefetch_second<P>(at: *const P) {
+    // _MM_HINT_T1.
+    ask_for::<2, P>(at);
+}
+
+#[inline(always)]
+fn ask_for<const HINT: i32, P>(at: *const P) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every processor of the architecture has it, and a prefetch of any address is allowed.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<HINT>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// A vector register.
 pub(super) trait Vector: Copy {
     type Element: Real;
@@ -152,30 +177,6 @@ pub(super) trait Vector: Copy {
     /// # Safety
     /// `n` elements, 1 to `LANES`, can be written there.
     unsafe fn store_part(self, to: *mut Self::Element, n: usize);
-    /// Asks for the cache line at an address, which need not be one that can be read.
-    #[inline(always)]
-    fn prefetch<P>(at: *const P) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: every processor of the architecture has it, and a prefetch of any address is allowed.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(at.cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = at;
-    }
-    /// As [`Vector::prefetch`], into the second cache.
-    #[inline(always)]
-    fn prefetch_second<P>(at: *const P) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: every processor of the architecture has it, and a prefetch of any address is allowed.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T1>(at.cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = at;
-    }
     /// `self * factor + addend`.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// The sum of the lanes, always in the same order.
