@@ -54,13 +54,8 @@ int64_t ModelCase::target_budget() const {
   return sum;
 }
 
-Model::Model(Backend& backend, adalora_context_t* context, const ModelCase& c, uint64_t seed)
-    : backend_(backend),
-      case_(c),
-      step_(backend),
-      factor_(backend, 1.0),
-      found_inf_(backend, 0.0f),
-      has_grad_(backend, std::vector<uint8_t>(c.layers.size(), 1)) {
+std::vector<Adapter> adapters_of(adalora_context_t* context, const ModelCase& c) {
+  std::vector<Adapter> adapters;
   for (const LayerShape& layer : c.layers) {
     adalora_adapter_desc_t desc{};
     desc.struct_size = sizeof desc;
@@ -68,24 +63,17 @@ Model::Model(Backend& backend, adalora_context_t* context, const ModelCase& c, u
     desc.out_features = layer.out;
     desc.rank = layer.rank;
     desc.param_dtype = desc.activation_dtype = c.param;
-    if (!c.ranknums.empty()) desc.ranknum = c.ranknums[adapters_.size()];
+    if (!c.ranknums.empty()) desc.ranknum = c.ranknums[adapters.size()];
     adalora_adapter_t* adapter = nullptr;
     require(adalora_adapter_create(context, &desc, &adapter));
-    adapters_.emplace_back(adapter);
-    parts_.push_back(zeros(backend, c, layer.rank, layer.in));
-    parts_.push_back(zeros(backend, c, 1, layer.rank));
-    parts_.push_back(zeros(backend, c, layer.out, layer.rank));
+    adapters.emplace_back(adapter);
   }
-  Random random(seed);
-  for (Part& part : parts_) {
-    const Dense<double> values = random.matrix(part.p.rows(), part.p.columns());
-    part.p.set(values);
-    if (part.low) part.low->set(part.p.get());
-  }
-  set_gradients(seed + 1);
+  return adapters;
+}
 
+Allocator allocator_of(adalora_context_t* context, const ModelCase& c, const std::vector<Adapter>& adapters) {
   std::vector<const adalora_adapter_t*> order;
-  for (const Adapter& adapter : adapters_) order.push_back(adapter.get());
+  for (const Adapter& adapter : adapters) order.push_back(adapter.get());
   adalora_allocator_desc_t desc{};
   desc.struct_size = sizeof desc;
   desc.n_adapters = static_cast<int64_t>(order.size());
@@ -101,7 +89,30 @@ Model::Model(Backend& backend, adalora_context_t* context, const ModelCase& c, u
   desc.sharded = c.whole ? 0 : 1;
   adalora_allocator_t* allocator = nullptr;
   require(adalora_allocator_create(context, &desc, &allocator));
-  allocator_.reset(allocator);
+  return Allocator(allocator);
+}
+
+Model::Model(Backend& backend, adalora_context_t* context, const ModelCase& c, uint64_t seed)
+    : backend_(backend),
+      case_(c),
+      adapters_(adapters_of(context, c)),
+      allocator_(allocator_of(context, c, adapters_)),
+      step_(backend),
+      factor_(backend, 1.0),
+      found_inf_(backend, 0.0f),
+      has_grad_(backend, std::vector<uint8_t>(c.layers.size(), 1)) {
+  for (const LayerShape& layer : c.layers) {
+    parts_.push_back(zeros(backend, c, layer.rank, layer.in));
+    parts_.push_back(zeros(backend, c, 1, layer.rank));
+    parts_.push_back(zeros(backend, c, layer.out, layer.rank));
+  }
+  Random random(seed);
+  for (Part& part : parts_) {
+    const Dense<double> values = random.matrix(part.p.rows(), part.p.columns());
+    part.p.set(values);
+    if (part.low) part.low->set(part.p.get());
+  }
+  set_gradients(seed + 1);
 
   for (const oracle::Hyper& hyper : c.hypers) {
     rates_.emplace_back(backend, hyper.lr);

@@ -38,6 +38,10 @@ struct ModelCase {
   int64_t target_budget() const;
 };
 
+// One for each layer, and the allocator of all.
+std::vector<Adapter> adapters_of(adalora_context_t* context, const ModelCase& c);
+Allocator allocator_of(adalora_context_t* context, const ModelCase& c, const std::vector<Adapter>& adapters);
+
 // Elements of a matrix (0: A, 1: E, 2: B) that a process owns.
 struct Owned {
   int64_t adapter;
