@@ -105,3 +105,11 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int, batch:
 def masks(model: nn.Module) -> dict[str, list[bool]]:
     """Which values are zero."""
     return {path: (layer.lora_E["default"].flatten() == 0).tolist() for path, layer in layers(model).items()}
+
+
+def layer_passes(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """The output, and the gradients of x, A, E and B."""
+    x = x.clone().requires_grad_(True)
+    y = layer(x)
+    params = [getattr(layer, f"lora_{factor}")["default"] for factor in "AEB"]
+    return [y.detach(), *torch.autograd.grad(y, [x, *params], dy.to(y.dtype))]

@@ -9,7 +9,7 @@ import warnings
 import peft
 import pytest
 import torch
-from pairs import Network, accelerated, batches, layers, pair, peft_model, trained
+from pairs import Network, accelerated, batches, layer_passes, layers, pair, peft_model, trained
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import adalora as theirs
 from torch import Tensor, nn
@@ -40,14 +40,6 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
             assert found[name].dtype == value.dtype, name
             largest = value.abs().max().float().clamp(min=1e-3)
             assert (found[name] - value).abs().max().float() <= tolerance * largest, name
-
-
-def layer_passes(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """The output, and the gradients of x, A, E and B."""
-    x = x.clone().requires_grad_(True)
-    y = layer(x)
-    params = [getattr(layer, f"lora_{factor}")["default"] for factor in "AEB"]
-    return [y.detach(), *torch.autograd.grad(y, [x, *params], dy.to(y.dtype))]
 
 
 @pytest.mark.parametrize("path", list(SHAPES))

@@ -10,7 +10,7 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from pairs import SETTINGS, STEPS, layers, masks, step, trained
+from pairs import SETTINGS, STEPS, layer_passes, layers, masks, step, trained
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import adalora as theirs
 from torch import Tensor, nn
@@ -78,14 +78,6 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def first(model: nn.Module) -> nn.Module:
     return layers(model)["base_model.model.fc1"]
-
-
-def layer_passes(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """The output, and the gradients of x, A, E and B."""
-    x = x.clone().requires_grad_(True)
-    y = layer(x)
-    params = [getattr(layer, f"lora_{factor}")["default"] for factor in "AEB"]
-    return [y.detach(), *torch.autograd.grad(y, [x, *params], dy.to(y.dtype))]
 
 
 # Layers of bitsandbytes
