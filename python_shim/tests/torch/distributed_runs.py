@@ -350,8 +350,8 @@ class Scored(nn.Module):
         return SequenceClassifierOutput(loss=(x - wanted).square().mean())
 
 
-def trained_by_peft(way: str) -> dict[str, Any]:
-    """A run of a PEFT model, with the penalty in its loss."""
+def adapted_by_peft(way: str) -> nn.Module:
+    """The AdaLoraModel of a PEFT model, which computes losses with the penalty."""
     torch.manual_seed(5)
     own = {name: value for name, value in SETTINGS.items() if name not in ("modules_to_save", "target_modules")}
     config = peft.AdaLoraConfig(**own, target_modules=[f"layers.{k}" for k in range(3)])
@@ -360,8 +360,15 @@ def trained_by_peft(way: str) -> dict[str, Any]:
     if way == "fsdp":
         for layer in tuner.model.layers[1:]:
             fully_shard(layer)
+    if way.startswith("fsdp"):
         accelerate(fully_shard(tuner))
-    params = [p for p in model.parameters() if p.requires_grad]
+    return tuner
+
+
+def trained_by_peft(way: str) -> dict[str, Any]:
+    """A run of a PEFT model, with the penalty in its loss."""
+    tuner = adapted_by_peft(way)
+    params = [p for p in tuner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=2e-2)
     patterns = []
     for step, (x, wanted) in enumerate(batches(0, STEPS)):
@@ -375,6 +382,18 @@ def trained_by_peft(way: str) -> dict[str, Any]:
         patterns.append(tuner.rankallocator.rank_pattern())
     values = [whole(p).detach().clone().numpy() for p in tuner.rankallocator.parameters()]
     return {"patterns": patterns, "values": values}
+
+
+def merged_by_peft(call: str) -> str:
+    """What merging says where a forward pass has left FSDP2's outermost unit gathered."""
+    tuner = adapted_by_peft("fsdp whole")
+    with torch.no_grad():
+        tuner(*batches(0, 1)[0])
+    try:
+        getattr(tuner, call)()
+    except AdaLoRAError as error:
+        return str(error)
+    return "merged"
 
 
 def flat_buffer() -> None:

@@ -111,6 +111,14 @@ def test_a_sharded_model_of_pefts(two):
             np.testing.assert_allclose(value, one, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_sharded_model_of_pefts_is_not_merged(two, call):
+    expected = "merge: expected a base layer whose weight is a floating-point parameter of its own"
+    for found in two.run(runs.merged_by_peft, call):
+        assert found.startswith(expected)
+        assert "found a DTensor" in found
+
+
 def test_one_buffer_of_gradients(two):
     two.run(runs.flat_buffer)
 
