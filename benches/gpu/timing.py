@@ -77,10 +77,13 @@ class Timer:
         if not self.on_cuda:
             return {f"{name}_graph": work for name, work in works.items()}
         found = {}
+        current = torch.cuda.current_stream(self.device)
         for name, work in works.items():
             try:
                 found[f"{name}_graph"] = self._captured(work)
             except Exception as error:
+                # PyTorch leaves the stream of a capture that broke as the current one.
+                torch.cuda.set_stream(current)
                 self.notes.append(f"{name}: cannot be captured: {described(error)}")
                 print(self.notes[-1], flush=True)
         return found

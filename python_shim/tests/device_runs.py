@@ -193,6 +193,28 @@ def test_streams_that_need_no_order(device):
     assert given.streams == [1]
 
 
+def test_rebind_orders_the_stream_that_it_is_given(device):
+    """And not that of the first bind, which nothing waits for any longer: a capture would fail with it."""
+    adapter = Adapter(device.context, 6, 4, init_r=2)
+    allocator = Allocator(device.context, [adapter], target_r=1, total_step=10)
+    rate, stream = device.array(np.array([0.1])), device.stream()
+    run = allocator.bind_all([adapter.new_params(1)], hyper=Hyper(rate, weight_decay=rate))
+    grads = [part.g.address for part in run.slices]
+    rate.stream = stream
+    device.synchronize()
+    before = waits(device)
+    device.call("cudaStreamBeginCapture", ctypes.c_void_p(stream), ctypes.c_int(0))
+    graph = ctypes.c_void_p()
+    try:
+        allocator.rebind(grads, [Hyper(rate, weight_decay=rate)], stream=stream)
+    finally:
+        device.call("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+    assert waits(device) == before
+    # What is given is held, also by a rebind that leaves it as it is.
+    allocator.rebind(grads, stream=stream)
+    device.call("cudaGraphDestroy", graph)
+
+
 @pytest.mark.parametrize("stream", [-1, 1 << 64, "7", 1.5, object()])
 def test_what_is_no_stream_is_refused(device, stream):
     adapter = Adapter(device.context, 6, 4, init_r=2)

@@ -295,9 +295,7 @@ class Allocator(NativeObject):
         structs = (c.adalora_slice_t * len(slices))()
         for k, part in enumerate(slices):
             self._fill(structs[k], part, f"slices[{k}]", lease)
-        hyper_structs = (c.adalora_hyper_t * len(hypers))(
-            *(h.struct(f"hypers[{k}]", lease) for k, h in enumerate(hypers))
-        )
+        hyper_structs, hyper_lease = self._hyper_structs(hypers, stream)
         self.library.adalora_allocator_bind(
             handle.pointer,
             *places,
@@ -310,7 +308,8 @@ class Allocator(NativeObject):
             stream,
         )
         # The library keeps these addresses.
-        handle.bound = (state, workspace, tuple(slices), tuple(hypers), structs, hyper_structs, places, lease)
+        leases = lease, hyper_lease
+        handle.bound = (state, workspace, tuple(slices), tuple(hypers), structs, hyper_structs, places, leases)
 
     def rebind(self, grads: Sequence[int], hypers: Sequence[Hyper] | None = None, *, stream: int | None = None) -> None:
         """Bind again with gradients in other places and all else as it was, which takes a fraction of `bind`'s time.
@@ -325,13 +324,15 @@ class Allocator(NativeObject):
         handle = self.handle
         if not handle.bound:
             raise InvalidStateError("rebind: expected bind before, found nothing bound")
-        state, workspace, slices, bound_hypers, structs, hyper_structs, places, lease = handle.bound
+        state, workspace, slices, bound_hypers, structs, hyper_structs, places, leases = handle.bound
         hypers = bound_hypers if hypers is None else tuple(hypers)
         for name, found, expected in (("grads", grads, slices), ("hypers", hypers, bound_hypers)):
             if len(found) != len(expected):
                 raise InvalidArgumentError(f"{name}: expected {len(expected)}, found {len(found)}")
         if hypers is not bound_hypers:
-            hyper_structs = type(hyper_structs)(*(h.struct(f"hypers[{k}]", lease) for k, h in enumerate(hypers)))
+            # Those arrays are for this stream, whichever bind was for.
+            hyper_structs, hyper_lease = self._hyper_structs(hypers, stream)
+            leases = leases[0], hyper_lease
         if slices:
             words = np.frombuffer(structs, np.uintp).reshape(len(slices), -1)
             words[:, c.adalora_slice_t.g.offset // words.itemsize] = grads
@@ -349,7 +350,13 @@ class Allocator(NativeObject):
         # The gradients that were bound first need not live any longer.
         if slices and slices[0].g is not None:
             slices = tuple(part._replace(g=None) for part in slices)
-        handle.bound = (state, workspace, slices, hypers, structs, hyper_structs, places, lease)
+        handle.bound = (state, workspace, slices, hypers, structs, hyper_structs, places, leases)
+
+    def _hyper_structs(self, hypers: Sequence[Hyper], stream: int | None) -> tuple[ctypes.Array, Lease]:
+        """What the library takes for them, and what keeps their arrays."""
+        lease = self.memory.lease(stream)
+        made = (c.adalora_hyper_t * len(hypers))(*(h.struct(f"hypers[{k}]", lease) for k, h in enumerate(hypers)))
+        return made, lease
 
     def bind_all(
         self,

@@ -179,8 +179,11 @@ def test_a_step_reads_nothing_back():
     assert sum(optimizer.allocator.ranks().values()) == 6
 
 
-@pytest.mark.parametrize(("scheduled", "in_place"), [(False, True), (True, False)])
-def test_a_captured_step_is_the_eager_one(scheduled, in_place):
+@pytest.mark.parametrize(
+    ("scheduled", "in_place", "first_steps"),
+    [(False, True, "in a stream of their own"), (True, False, "in a stream of their own"), (True, True, "as any")],
+)
+def test_a_captured_step_is_the_eager_one(scheduled, in_place, first_steps):
     """Forward, backward, penalty, clipping, AdamW and masks in one graph, through the whole schedule."""
     eager, other = begin()
     model, optimizer = begin()
@@ -192,7 +195,7 @@ def test_a_captured_step_is_the_eager_one(scheduled, in_place):
     static = tuple(tensor.clone() for tensor in steps[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side if first_steps == "in a stream of their own" else torch.cuda.current_stream()):
         for batch in steps[:3]:
             step(model, optimizer, batch, in_place)
     torch.cuda.current_stream().wait_stream(side)
