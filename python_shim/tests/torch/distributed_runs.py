@@ -42,6 +42,7 @@ from adalora.torch import (
     named_adapters,
     save_adapter,
     save_training_state,
+    unmerge,
 )
 from adalora.torch.distributed import Sharding, all_reduce_gradients, check_digest, is_dtensor, local, whole
 
@@ -315,6 +316,37 @@ def finalized(way: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return result, {"last_step": standing.last_step, "is_final": standing.is_final, "live": standing.live_triplets}
 
 
+def outputs_after_masks(way: str) -> list[Tensor]:
+    """What a model computes from masked triplets where FSDP2 may show E as it was gathered before."""
+    run = Run(way).train(0, 6)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    patterns = ({path: kept for path in run.allocator.layers} for kept in ([True, False, True], [False, False, True]))
+    with torch.no_grad():
+        outputs = [run.called(x)]
+        for pattern in patterns:
+            run.allocator.set_rank_pattern(pattern)
+            outputs.append(run.called(x))
+        run.allocator.finalize()
+        return [*outputs, run.called(x)]
+
+
+def changed_after_clipping(way: str, change: str, optimizer_of: str) -> dict[str, Any]:
+    """A step whose gradients grew after their norm was taken: by the penalty, or by another backward pass."""
+    run = Run(way, optimizer_of=optimizer_of)
+    (x, wanted), (x2, wanted2) = batches(0, 2)
+    (run.called(x) - wanted).square().mean().backward()
+    clip = run.optimizer.clip_grad_norm_ if run.ours else partial(nn.utils.clip_grad_norm_, run.params)
+    clip(0.01)
+    if change == "penalty":
+        run.allocator.orthogonality()
+    else:
+        (run.called(x2) - wanted2).square().mean().backward()
+    run.optimizer.step()
+    if not run.ours:
+        run.allocator.update_and_allocate(0)
+    return run.result()
+
+
 def half_precision(way: str) -> dict[str, Any]:
     """The penalty and a step over parameters in bfloat16."""
     model = prepared(way, network().to(torch.bfloat16))
@@ -360,8 +392,18 @@ def adapted_by_peft(way: str) -> nn.Module:
     if way == "fsdp":
         for layer in tuner.model.layers[1:]:
             fully_shard(layer)
-    if way.startswith("fsdp"):
-        accelerate(fully_shard(tuner))
+    if way == "fsdp around":
+        fully_shard(model, reshard_after_forward=False)
+        with torch.no_grad():
+            model(*batches(0, 1)[0])
+    elif way.startswith("fsdp"):
+        fully_shard(tuner)
+        if way == "fsdp late":
+            # Without the penalty, which is for sharded parameters; its outermost unit shows gathered ones from now on.
+            with torch.no_grad():
+                tuner.eval()(*batches(0, 1)[0])
+            tuner.train()
+        accelerate(tuner)
     return tuner
 
 
@@ -384,9 +426,27 @@ def trained_by_peft(way: str) -> dict[str, Any]:
     return {"patterns": patterns, "values": values}
 
 
-def merged_by_peft(call: str) -> str:
+def masked_by_peft(way: str) -> dict[str, Any]:
+    """PEFT's methods of the allocator, one by one."""
+    tuner = adapted_by_peft(way)
+    allocator = tuner.rankallocator
+    for number, batch in enumerate(batches(0, 3)):
+        tuner.zero_grad()
+        tuner(*batch).loss.backward()
+        before = [average.clone() for average in allocator.exp_avg_ipt.values()]
+        if number == 2:
+            # In one process alone, and no process counts it.
+            make_infinite(allocator.parameters()[2].grad)
+        allocator.update_ipt(tuner.model)
+    skipped = all(map(torch.equal, before, allocator.exp_avg_ipt.values()))
+    pattern = allocator.mask_to_budget(tuner.model, 4)
+    values = [whole(p).detach().clone().numpy() for p in allocator.parameters()]
+    return {"pattern": pattern, "skipped": skipped, "values": values}
+
+
+def merged_by_peft(way: str, call: str) -> str:
     """What merging says where a forward pass has left FSDP2's outermost unit gathered."""
-    tuner = adapted_by_peft("fsdp whole")
+    tuner = adapted_by_peft(way)
     with torch.no_grad():
         tuner(*batches(0, 1)[0])
     try:
@@ -446,6 +506,15 @@ def refused() -> dict[str, str]:
     allocator = RankAllocator(model)
     expect_error("flat", allocator.flatten_gradients)
     expect_error("merge", lambda: merge(model))
+    for outer, name in ((network(), "gathered"), (nn.Sequential(network()), "around")):
+        fully_shard(outer, mesh=mesh, reshard_after_forward=False)
+        with torch.no_grad():
+            outer(batches(0, 1)[0][0])
+        expect_error(name, lambda outer=outer: merge(next(m for m in outer.modules() if isinstance(m, Network))))
+    merged = network()
+    merge(merged)
+    fully_shard(merged, mesh=mesh, reshard_after_forward=False)
+    expect_error("unmerge", lambda: unmerge(merged))
     expect_error("delta", lambda: model.blocks[0].fc1.get_delta_weight("default"))
     if dist.get_rank() == 1:
         allocator.set_rank_pattern({path: [True, False, True] for path in allocator.layers})

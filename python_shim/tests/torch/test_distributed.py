@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import distributed_runs as runs
 import numpy as np
 import pytest
+import torch
 from processes import Processes
 
 
@@ -89,6 +91,24 @@ def test_the_last_mask_by_hand(two):
     assert [standing for _, standing in found] == [after, after]
 
 
+@pytest.mark.parametrize("way", ["fsdp", "fsdp kept"])
+def test_masks_show_in_what_was_gathered(two, way):
+    expected = runs.outputs_after_masks("alone")
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(expected[:3], 2))
+    for found in two.run(runs.outputs_after_masks, way):
+        for output, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(output, one, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer_of", ["adalora", "torch"])
+@pytest.mark.parametrize("change", ["penalty", "backward"])
+def test_gradients_that_grow_after_clipping(two, change, optimizer_of):
+    expected = runs.changed_after_clipping("alone", change, optimizer_of)
+    for found in two.run(runs.changed_after_clipping, "fsdp", change, optimizer_of):
+        for name, value in expected["parameters"].items():
+            np.testing.assert_allclose(found["parameters"][name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
 def test_half_precision(two):
     expected = runs.half_precision("alone")
     assert expected["value"] > 1
@@ -102,21 +122,33 @@ def test_half_precision(two):
                 )
 
 
-def test_a_sharded_model_of_pefts(two):
+@pytest.mark.parametrize("way", ["fsdp", "fsdp late"])
+def test_a_sharded_model_of_pefts(two, way):
     expected = runs.trained_by_peft("alone")
     assert expected["patterns"][0] != expected["patterns"][-1]
-    for found in two.run(runs.trained_by_peft, "fsdp"):
+    for found in two.run(runs.trained_by_peft, way):
         assert found["patterns"] == expected["patterns"]
         for value, one in zip(found["values"], expected["values"], strict=True):
             np.testing.assert_allclose(value, one, rtol=1e-8, atol=1e-11)
 
 
+def test_pefts_masks_of_shards(two):
+    expected = runs.masked_by_peft("alone")
+    assert sum(map(sum, expected["pattern"].values())) == 4
+    for found in two.run(runs.masked_by_peft, "fsdp"):
+        assert found["pattern"] == expected["pattern"]
+        assert found["skipped"]
+        for value, one in zip(found["values"], expected["values"], strict=True):
+            np.testing.assert_allclose(value, one, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("way", ["fsdp whole", "fsdp around"])
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
-def test_a_sharded_model_of_pefts_is_not_merged(two, call):
+def test_a_sharded_model_of_pefts_is_not_merged(two, way, call):
     expected = "merge: expected a base layer whose weight is a floating-point parameter of its own"
-    for found in two.run(runs.merged_by_peft, call):
+    for found in two.run(runs.merged_by_peft, way, call):
         assert found.startswith(expected)
-        assert "found a DTensor" in found
+        assert found.endswith("found one that fully_shard has sharded")
 
 
 def test_one_buffer_of_gradients(two):
@@ -134,6 +166,10 @@ def test_grad_scaler(two, way, optimizer_of):
 
 def test_what_is_spread_otherwise_is_refused(two):
     q = "blocks.0.q_proj.A: expected a"
+    not_merged = (
+        "blocks.0.q_proj: merge: expected a base layer of a known type with a floating-point weight that is a "
+        "parameter, found Linear, whose weight fully_shard has sharded"
+    )
     for found in two.run(runs.refused):
         assert found == {
             "columns": f"{q} parameter that is sharded once, in dimension 0, found (Shard(dim=1),)",
@@ -141,8 +177,9 @@ def test_what_is_spread_otherwise_is_refused(two):
             "early": f"{q} whole parameter, as when the allocator was made, found a sharded one: make the allocator "
             "after fully_shard, and before the model has run",
             "flat": "parameters: expected whole ones, found sharded ones, whose gradients are reduced in backward",
-            "merge": "blocks.0.q_proj: merge: expected a base layer of a known type with a floating-point weight that "
-            "is a parameter, found Linear, whose weight is a DTensor of torch.float64",
+            **dict.fromkeys(["merge", "gathered", "around"], not_merged),
+            "unmerge": "blocks.0.q_proj: unmerge: expected a base layer whose weight is whole, found one that "
+            "fully_shard has sharded: call it before",
             "delta": "params.A: expected a tensor with memory of its own, found one that is spread over processes",
             "digest": "digest: expected the same in all processes",
             "mixed": "blocks.1.q_proj.A: expected a tensor spread as the others",

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..torch.convolution import svd_conv
+from ..torch.distributed import is_sharded
 from ..torch.functional import Part, current_stream, svd_linear, traced
 from ..torch.layers import SVDLayer
 from ..torch.layers import SVDLinear as OwnSVDLinear
@@ -246,7 +247,10 @@ class _Merging(_Adapted):
 
     def _own_weight(self) -> nn.Parameter:
         weight, shape = self.get_base_layer()._parameters.get("weight"), self._weight_shape()
-        if weight is None:
+        if is_sharded(self.get_base_layer()):
+            # Even where it is gathered: that is for a while.
+            found = "one that fully_shard has sharded"
+        elif weight is None:
             found = "one that is computed"
         elif not weight.is_floating_point() or is_traceable_wrapper_subclass(weight) or weight.shape != shape:
             found = f"a {type(weight).__name__} of {weight.dtype} and shape {list(weight.shape)}"

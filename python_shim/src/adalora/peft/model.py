@@ -190,8 +190,6 @@ class AdaLoraModel(theirs.AdaLoraModel):
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         self._check_merge_allowed()
-        # Which shows that it cannot be.
-        reshard(self)
         for each in self.model.modules():
             if isinstance(each, tuple(CLASSES.values())):
                 # Values are looked at only then.

@@ -161,6 +161,12 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` has a module, by itself or by one around it; also while its parameters are gathered."""
+    # The mark that PyTorch's compiler goes by: the module itself knows nothing of a unit around it.
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
 def reshard(model: nn.Module) -> None:
     """Let a model show its sharded parameters: what FSDP2 has gathered for a while is no place to read or write."""
     for module in fsdp_modules(model):

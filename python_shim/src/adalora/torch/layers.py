@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..arrays import Triplets
 from ..errors import InvalidArgumentError, UnsupportedError
+from .distributed import is_sharded
 from .functional import Part, context, current_stream, native_adapter, svd_linear, traced
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -268,7 +269,7 @@ class SVDLayer(nn.Module):
 
         Raises:
             InvalidArgumentError: with `safe_merge`, a merged element is not finite.
-            UnsupportedError: the base layer is quantised, computes its weight, or is of an unknown type.
+            UnsupportedError: the base layer is quantised, sharded, computes its weight, or is of an unknown type.
 
         """
         names = self._to_merge(adapter_names)
@@ -316,6 +317,9 @@ class SVDLayer(nn.Module):
         base, weight = self.base_layer, self.weight
         if not self._forward_is_known(base):
             found = "whose forward is its own"
+        elif is_sharded(base):
+            # Even where it is gathered: that is for a while.
+            found = "whose weight fully_shard has sharded"
         elif weight is None or not weight.is_floating_point() or is_traceable_wrapper_subclass(weight):
             found = f"whose weight is a {type(weight).__name__} of {getattr(weight, 'dtype', None)}"
         elif "weight" not in base._parameters:
@@ -333,9 +337,15 @@ class SVDLayer(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight again: exactly, where `merge` kept it."""
+        """Take all merged adapters out of the base weight again: exactly, where `merge` kept it.
+
+        Raises:
+            UnsupportedError: `fully_shard` has the base layer.
+
+        """
         if not self.merged_adapters:
             return
+        self.check_unmerge()
         weight = self.base_layer.weight
         if self._unmerged_weight is not None:
             weight.copy_(self._unmerged_weight)
@@ -352,6 +362,14 @@ class SVDLayer(nn.Module):
                 )
             weight.copy_(unmerged)
         self.merged_adapters = []
+
+    def check_unmerge(self) -> None:
+        """Raise what `unmerge` would raise."""
+        if self.merged_adapters and is_sharded(self.base_layer):
+            raise UnsupportedError(
+                "unmerge: expected a base layer whose weight is whole, found one that fully_shard has sharded: call it "
+                "before"
+            )
 
     def _native(self, adapter_name: str) -> Any:
         A, _, B = self.triplets(adapter_name)

@@ -12,7 +12,6 @@ from torch import nn
 
 from ..errors import AdaLoRAError, InvalidArgumentError, InvalidStateError
 from .config import TASK_HEADS, AdaLoraConfig
-from .distributed import reshard
 from .layers import SharedInput, SVDLayer, SVDLinear, uncompiled
 from .matching import matching_modules, svd_layer
 
@@ -274,14 +273,12 @@ def merge(
 
     Raises:
         InvalidArgumentError: with `safe_merge`, a merged weight is not finite: the layer is named.
-        UnsupportedError: a layer is quantised, computes its weight, or is of an unknown type: it is named.
+        UnsupportedError: a layer is quantised, sharded, computes its weight, or is of an unknown type: it is named.
 
     """
     for name in adapter_names or ():
         get_config(model, name)
     layers = named_adapters(model, None)
-    # Which shows that it cannot be.
-    reshard(model)
     for path, layer in layers.items():
         try:
             layer.check_merge(adapter_names, safe_merge)
@@ -292,9 +289,20 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take all merged adapters out of the base weights: exactly, where `merge` kept a backup."""
+    """Take all merged adapters out of the base weights, exactly where `merge` kept a backup; or none, where it fails.
+
+    Raises:
+        UnsupportedError: `fully_shard` has a merged layer: it is named.
+
+    """
+    layers = named_adapters(model, None)
+    for path, layer in layers.items():
+        try:
+            layer.check_unmerge()
+        except AdaLoRAError as error:
+            raise type(error)(f"{path}: {error}") from None
     # In reverse: layers may share a weight, and each keeps it as it found it.
-    for layer in reversed(named_adapters(model, None).values()):
+    for layer in reversed(layers.values()):
         layer.unmerge()
 
 
