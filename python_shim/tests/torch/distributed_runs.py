@@ -496,6 +496,7 @@ def refused() -> dict[str, str]:
         for factors in (layer.lora_A, layer.lora_E, layer.lora_B):
             factors["default"] = nn.Parameter(distribute_tensor(factors["default"].detach(), mesh, [Shard(1)]))
     expect_error("columns", lambda: RankAllocator(columns))
+    expect_error("parallel", lambda: columns(batches(0, 1)[0][0]))
     both = fully_shard(network(), mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.shape == (3, 6) else None)
     expect_error("both", lambda: RankAllocator(both))
 

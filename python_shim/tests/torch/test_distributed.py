@@ -173,6 +173,8 @@ def test_what_is_spread_otherwise_is_refused(two):
     for found in two.run(runs.refused):
         assert found == {
             "columns": f"{q} parameter that is sharded once, in dimension 0, found (Shard(dim=1),)",
+            "parallel": "svd_linear: expected whole tensors, as fully_shard shows them in the pass, found a DTensor: "
+            "tensor parallelism is not served",
             "both": "blocks.0.q_proj.E: expected a tensor spread as the others",
             "early": f"{q} whole parameter, as when the allocator was made, found a sharded one: make the allocator "
             "after fully_shard, and before the model has run",

@@ -277,8 +277,13 @@ def _check_mode(x: Tensor, parts: Sequence[Part]) -> None:
             "svd_linear: expected a model that runs, found one that torch.jit traces: use torch.export, or merge "
             "adapters first"
         )
+    tensors = [x, *(tensor for part in parts for tensor in part[:4])]
+    if any(map(is_dtensor, tensors)):
+        raise UnsupportedError(
+            "svd_linear: expected whole tensors, as fully_shard shows them in the pass, found a DTensor: tensor "
+            "parallelism is not served"
+        )
     if forward_ad._current_level >= 0:
-        tensors = [x, *(tensor for part in parts for tensor in part[:4])]
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
             raise UnsupportedError("svd_linear: expected differentiation in reverse mode, found forward mode")
 
