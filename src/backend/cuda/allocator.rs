@@ -26,6 +26,8 @@ const CHUNK: usize = 1 << 12;
 /// four by each thread, since of threads only a multiple of the rank read.
 const SCORE_ELEMENTS: usize = 5800;
 const SCORE_ROWS: usize = 64;
+/// Columns of a row of A whose scores one warp adds up.
+const SCORE_COLUMNS: usize = 1 << 10;
 /// Rows and columns of a block's part of a Gram matrix.
 const TILE: usize = 32;
 /// Elements of a factor of at most `TILE` triplets that one block takes, in about three turns.
@@ -113,15 +115,17 @@ twins! {
         slice: i32,
     }
 
-    AdapterEntry: 88 {
+    AdapterEntry: 104 {
         input: i64,
         output: i64,
         rank: i64,
         first_triplet: i64,
         gram: i64,
         score_rows: i64,
-        score_block: i64,
-        score_part: i64,
+        score_block_of_a: i64,
+        score_part_of_a: i64,
+        score_block_of_b: i64,
+        score_part_of_b: i64,
         slices: [i32; 4],
         is_float64: i32,
         reserved: i32,
@@ -202,14 +206,16 @@ twins! {
         with_adamw: i64,
     }
 
-    ScoresArguments: 64 {
+    ScoresArguments: 80 {
         plan: Address,
         adapters: Address,
         slices: Address,
         adapter_of: Address,
-        parts: Address,
+        adapter_of_block: Address,
+        parts_of_a: Address,
+        parts_of_b: Address,
         scores: Address,
-        n_adapters: i64,
+        blocks_of_b: i64,
         n_triplets: i64,
     }
 
@@ -304,6 +310,8 @@ struct Layout {
     adapters: usize,
     factors: usize,
     adapter_of: usize,
+    /// For each block that adds up scores, of B and then of A.
+    adapter_of_block: usize,
     budgets: usize,
     plan: usize,
     rates: usize,
@@ -311,8 +319,10 @@ struct Layout {
     squares: usize,
     not_finite: usize,
     scores: usize,
+    /// Scores of some columns of A, added up for each row.
+    score_parts_of_a: usize,
     /// Scores of some rows of B, added up for each column.
-    score_parts: usize,
+    score_parts_of_b: usize,
     chosen: usize,
     /// The triplets that a compacted run keeps.
     kept: usize,
@@ -328,8 +338,10 @@ struct Layout {
 #[derive(Clone, Copy, Default)]
 struct Extents {
     elements: usize,
-    score_blocks: usize,
-    score_parts: usize,
+    score_blocks_of_a: usize,
+    score_parts_of_a: usize,
+    score_blocks_of_b: usize,
+    score_parts_of_b: usize,
     gram_blocks: usize,
     gram_parts: usize,
     distance_blocks: usize,
@@ -366,11 +378,12 @@ impl Extents {
     fn add_adapter(&mut self, g: &Geometry) -> Option<()> {
         let triplet = g.input.whole.checked_add(g.output.whole)?.checked_add(1)?;
         self.elements = g.rank.checked_mul(triplet)?.checked_add(self.elements)?;
-        if g.rank > 0 {
-            let blocks = g.output.whole.div_ceil(score_rows(g));
-            self.score_blocks = blocks.checked_mul(g.rank.div_ceil(THREADS))?.checked_add(self.score_blocks)?;
-            self.score_parts = blocks.checked_mul(g.rank)?.checked_add(self.score_parts)?;
-        }
+        let parts = g.rank.checked_mul(g.input.whole.div_ceil(SCORE_COLUMNS))?;
+        self.score_blocks_of_a = parts.div_ceil(THREADS / WARP).checked_add(self.score_blocks_of_a)?;
+        self.score_parts_of_a = parts.checked_add(self.score_parts_of_a)?;
+        let blocks = g.output.whole.div_ceil(score_rows(g));
+        self.score_blocks_of_b = blocks.checked_mul(g.rank.div_ceil(THREADS))?.checked_add(self.score_blocks_of_b)?;
+        self.score_parts_of_b = blocks.checked_mul(g.rank)?.checked_add(self.score_parts_of_b)?;
         Some(())
     }
 
@@ -386,6 +399,11 @@ impl Extents {
         Some(())
     }
 
+    /// Blocks that add up scores; `None` where there are too many.
+    fn score_blocks(&self) -> Option<usize> {
+        self.score_blocks_of_a.checked_add(self.score_blocks_of_b)
+    }
+
     fn of(model: &Model) -> Option<Self> {
         let mut all = Self::default();
         for g in &model.geometries {
@@ -393,7 +411,8 @@ impl Extents {
             all.add_factor(g.rank, g.input.whole)?;
             all.add_factor(g.rank, g.output.whole)?;
         }
-        let blocks = [all.score_blocks, all.gram_blocks, all.distance_blocks, all.penalty_blocks];
+        let score_blocks = all.score_blocks()?;
+        let blocks = [score_blocks, all.gram_blocks, all.distance_blocks, all.penalty_blocks];
         blocks.iter().all(|b| *b < MAX_BLOCKS).then_some(all)
     }
 }
@@ -445,13 +464,15 @@ impl Layout {
             adapters: take(adapters + 1, size_of::<AdapterEntry>())?,
             factors: take(2 * adapters + 1, size_of::<FactorEntry>())?,
             adapter_of: take(triplets, size_of::<u32>())?,
+            adapter_of_block: take(extents.score_blocks()?, size_of::<u32>())?,
             budgets: take(n_budgets, size_of::<i64>())?,
             plan: take(1, PLAN_BYTES)?,
             rates: take(n_slices, RATES_BYTES)?,
             squares: take(n_chunks, size_of::<f64>())?,
             not_finite: take(n_chunks, size_of::<u32>())?,
             scores: take(triplets, size_of::<f64>())?,
-            score_parts: take(extents.score_parts, size_of::<f64>())?,
+            score_parts_of_a: take(extents.score_parts_of_a, size_of::<f64>())?,
+            score_parts_of_b: take(extents.score_parts_of_b, size_of::<f64>())?,
             chosen: take(triplets, 1)?,
             kept: take(triplets, size_of::<u32>())?,
             gram: take(model.gram_offsets[adapters], size_of::<f64>())?,
@@ -546,8 +567,9 @@ impl Tables {
                 tables.n_chunks += 1;
             }
         }
-        let mut extents = Extents::default();
         let overflow = || out_of_memory(layout.bytes, "bytes of workspace");
+        let all = Extents::of(model).ok_or_else(overflow)?;
+        let mut extents = Extents::default();
         let mut first_slices = [0; 4];
         let mut rest = slices().map(|s| (s.adapter, s.factor)).peekable();
         for (a, g) in model.geometries.iter().enumerate() {
@@ -564,15 +586,23 @@ impl Tables {
                 first_triplet: model.offsets[a] as i64,
                 gram: model.gram_offsets[a] as i64,
                 score_rows: score_rows(g) as i64,
-                score_block: extents.score_blocks as i64,
-                score_part: extents.score_parts as i64,
+                score_block_of_a: extents.score_blocks_of_a as i64,
+                score_part_of_a: extents.score_parts_of_a as i64,
+                score_block_of_b: extents.score_blocks_of_b as i64,
+                score_part_of_b: extents.score_parts_of_b as i64,
                 slices: first_slices,
                 is_float64: i32::from(g.compute_dtype() == Dtype::Float64),
                 reserved: 0,
             };
             tables.put(layout.adapters, a, &entry);
             first_slices[0] = first_slices[3];
+            let before = extents;
             extents.add_adapter(g).ok_or_else(overflow)?;
+            let of_b = before.score_blocks_of_b..extents.score_blocks_of_b;
+            let of_a = before.score_blocks_of_a..extents.score_blocks_of_a;
+            for block in of_b.chain(of_a.map(|block| all.score_blocks_of_b + block)) {
+                tables.put(layout.adapter_of_block, block, &(a as u32));
+            }
             for (i, columns) in [g.input.whole, g.output.whole].into_iter().enumerate() {
                 tables.put(layout.factors, 2 * a + i, &FactorEntry::new(g.rank, columns, &extents));
                 extents.add_factor(g.rank, columns).ok_or_else(overflow)?;
@@ -589,8 +619,10 @@ impl Tables {
             first_triplet: model.triplets() as i64,
             gram: model.gram_offsets[adapters] as i64,
             score_rows: 1,
-            score_block: extents.score_blocks as i64,
-            score_part: extents.score_parts as i64,
+            score_block_of_a: extents.score_blocks_of_a as i64,
+            score_part_of_a: extents.score_parts_of_a as i64,
+            score_block_of_b: extents.score_blocks_of_b as i64,
+            score_part_of_b: extents.score_parts_of_b as i64,
             slices: [first_slices[0]; 4],
             is_float64: 0,
             reserved: 0,
@@ -820,18 +852,21 @@ impl CudaAllocator {
 
     /// Scores of all triplets, where there is no plan or it chooses.
     fn write_scores(&self, session: &Session, plan: Address, to: Address) -> Result<()> {
-        let model = self.model();
+        let (model, extents) = (self.model(), &self.extents);
         let args = ScoresArguments {
             plan,
             adapters: self.at(self.layout.adapters),
             slices: self.at(self.layout.slices),
             adapter_of: self.at(self.layout.adapter_of),
-            parts: self.at(self.layout.score_parts),
+            adapter_of_block: self.at(self.layout.adapter_of_block),
+            parts_of_a: self.at(self.layout.score_parts_of_a),
+            parts_of_b: self.at(self.layout.score_parts_of_b),
             scores: to,
-            n_adapters: model.geometries.len() as i64,
+            blocks_of_b: extents.score_blocks_of_b as i64,
             n_triplets: model.triplets() as i64,
         };
-        launch(session, Kernel::AllocatorScoresOfB, self.extents.score_blocks, &args)?;
+        let blocks = extents.score_blocks_of_b + extents.score_blocks_of_a;
+        launch(session, Kernel::AllocatorScoreParts, blocks, &args)?;
         launch(session, Kernel::AllocatorScores, model.triplets().div_ceil(THREADS / WARP), &args)
     }
 

@@ -79,7 +79,7 @@ kernels! {
     AllocatorSquares: c"allocator_squares",
     AllocatorNorm: c"allocator_norm",
     AllocatorUpdate: c"allocator_update",
-    AllocatorScoresOfB: c"allocator_scores_of_b",
+    AllocatorScoreParts: c"allocator_score_parts",
     AllocatorScores: c"allocator_scores",
     AllocatorSelect: c"allocator_select",
     AllocatorFinish: c"allocator_finish",

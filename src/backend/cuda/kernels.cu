@@ -1209,13 +1209,13 @@ struct Adapter {
   int64_t first_triplet;
   // Elements of the Gram buffer before A's matrix, which B's follows.
   int64_t gram;
-  // Rows of B that one block adds up for scores; blocks and sums before this adapter's.
-  int64_t score_rows, score_block, score_part;
+  // Rows of B that one block adds up for scores; blocks and sums before this adapter's, of A and of B.
+  int64_t score_rows, score_block_of_a, score_part_of_a, score_block_of_b, score_part_of_b;
   // First slices of A, E, B, and one past the last.
   int32_t slices[4];
   int32_t is_float64, reserved;
 };
-static_assert(sizeof(Adapter) == 88);
+static_assert(sizeof(Adapter) == 104);
 
 // What is computed with A and with B of each adapter in turn; one more follows the last.
 struct Factor {
@@ -1690,11 +1690,17 @@ struct ScoresArguments {
   const Adapter* adapters;
   const Slice* slices;
   const uint32_t* adapter_of;
-  double* parts;
+  // Blocks of B come first.
+  const uint32_t* adapter_of_block;
+  double* parts_of_a;
+  double* parts_of_b;
   double* scores;
-  int64_t n_adapters, n_triplets;
+  int64_t blocks_of_b, n_triplets;
 };
-static_assert(sizeof(ScoresArguments) == 64);
+static_assert(sizeof(ScoresArguments) == 80);
+
+// Columns of a row of A whose scores one warp adds up.
+constexpr int64_t SCORE_COLUMNS = 1 << 10;
 
 __device__ inline double score(const Slice& slice, int64_t at) {
   return capped(load<double>(slice.exp_avg_ipt, slice.state_dtype, at) *
@@ -1759,6 +1765,69 @@ __device__ inline int scores_in_fours(const Slice& slice, int64_t begin, int64_t
     UNROLL for (int k = 0; k < 4; ++k) sums[4 * thread + k] = own[k];
   }
   return 4 * stride / rank;
+}
+
+// Scores of some columns of a row of A, added up by a warp.
+__device__ inline void add_scores_of_a(const ScoresArguments& args) {
+  const Adapter& adapter = args.adapters[args.adapter_of_block[blockIdx.x]];
+  const int64_t block = blockIdx.x - args.blocks_of_b - adapter.score_block_of_a;
+  const int64_t part = block * WARPS + threadIdx.x / 32, segments = ceil_div(adapter.input, SCORE_COLUMNS);
+  if (part >= adapter.rank * segments) return;
+  const int64_t row = part / segments * adapter.input, first = part % segments * SCORE_COLUMNS;
+  const int64_t begin = row + first, end = row + smaller(first + SCORE_COLUMNS, adapter.input);
+  double sum = 0.0;
+  int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_A], adapter.slices[FACTOR_A + 1], begin);
+  for (; s < adapter.slices[FACTOR_A + 1] && args.slices[s].begin < end; ++s) {
+    const Slice& slice = args.slices[s];
+    if (!slice.replica)
+      sum += lane_scores(slice, larger(begin, slice.begin) - slice.begin, smaller(end, slice.end) - slice.begin);
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) args.parts_of_a[adapter.score_part_of_a + part] = sum;
+}
+
+// Scores of some rows of a B, added up for each column by a block.
+__device__ inline void add_scores_of_b(const ScoresArguments& args, double* sums) {
+  const Adapter& adapter = args.adapters[args.adapter_of_block[blockIdx.x]];
+  const int64_t rank = adapter.rank;
+  const uint32_t own = uint32_t(blockIdx.x - adapter.score_block_of_b), across = uint32_t(ceil_div(rank, THREADS));
+  const int64_t block = own / across, first_column = int64_t(own % across) * THREADS;
+  const int width = int(smaller(THREADS, rank - first_column)), high = THREADS / width;
+  const int row = threadIdx.x / width, column = threadIdx.x % width;
+  const int64_t begin = block * adapter.score_rows, end = smaller(adapter.output, begin + adapter.score_rows);
+  const int32_t last_slice = adapter.slices[FACTOR_B + 1];
+  int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_B], last_slice, begin * rank);
+  int rows = high;
+  if (across == 1 && s < last_slice && can_read_fours(args.slices[s], begin * rank, end * rank)) {
+    rows = scores_in_fours(args.slices[s], begin * rank - args.slices[s].begin, (end - begin) * rank, int(rank), sums);
+  } else {
+    double sum = 0.0;
+    for (; row < high && s < last_slice && args.slices[s].begin < end * rank; ++s) {
+      const Slice& slice = args.slices[s];
+      if (slice.replica) continue;
+      // Counted from the block's first row, elements fit 32 bits.
+      const uint32_t skipped = uint32_t(larger(slice.begin - begin * rank, 0)) / uint32_t(rank);
+      const uint32_t taken = uint32_t(smaller(slice.end - begin * rank, (end - begin) * rank) + rank - 1) / uint32_t(rank);
+      const int64_t first = begin + skipped, last = begin + taken;
+      for (int64_t r = first + row; r < last; r += high) {
+        const int64_t element = r * rank + first_column + column;
+        if (element >= slice.begin && element < slice.end) sum += score(slice, element - slice.begin);
+      }
+    }
+    sums[threadIdx.x] = sum;
+  }
+  __syncthreads();
+  double total = 0.0;
+  if (row < high)
+    for (int r = row; r < rows; r += high) total += sums[r * width + column];
+  __syncthreads();
+  sums[threadIdx.x] = total;
+  __syncthreads();
+  if (int(threadIdx.x) < width) {
+    total = 0.0;
+    for (int r = 0; r < high; ++r) total += sums[r * width + threadIdx.x];
+    args.parts_of_b[adapter.score_part_of_b + block * rank + first_column + threadIdx.x] = total;
+  }
 }
 
 // ---- Selection
@@ -2393,56 +2462,16 @@ KERNEL(allocator_update, allocator::UpdateArguments) {
   for (int32_t i = fours * 4 + threadIdx.x; i < chunk.count; i += THREADS) update_one(change, slice, chunk.begin + i);
 }
 
-// Scores of some rows of a B, added up for each column.
-KERNEL_OF_THREE(allocator_scores_of_b, allocator::ScoresArguments) {
+// Scores added up over parts of A and B.
+KERNEL_OF_THREE(allocator_score_parts, allocator::ScoresArguments) {
   using namespace allocator;
   __shared__ double sums[4 * THREADS];
   if (args.plan && !args.plan->chooses) return;
-  constexpr int64_t STRIDE = sizeof(Adapter) / sizeof(int64_t);
-  const int64_t a = last_up_to(&args.adapters->score_block, STRIDE, args.n_adapters, blockIdx.x);
-  const Adapter& adapter = args.adapters[a];
-  const int64_t rank = adapter.rank;
-  const uint32_t own = uint32_t(blockIdx.x - adapter.score_block), across = uint32_t(ceil_div(rank, THREADS));
-  const int64_t block = own / across, first_column = int64_t(own % across) * THREADS;
-  const int width = int(smaller(THREADS, rank - first_column)), high = THREADS / width;
-  const int row = threadIdx.x / width, column = threadIdx.x % width;
-  const int64_t begin = block * adapter.score_rows, end = smaller(adapter.output, begin + adapter.score_rows);
-  const int32_t last_slice = adapter.slices[FACTOR_B + 1];
-  int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_B], last_slice, begin * rank);
-  int rows = high;
-  if (across == 1 && s < last_slice && can_read_fours(args.slices[s], begin * rank, end * rank)) {
-    rows = scores_in_fours(args.slices[s], begin * rank - args.slices[s].begin, (end - begin) * rank, int(rank), sums);
-  } else {
-    double sum = 0.0;
-    for (; row < high && s < last_slice && args.slices[s].begin < end * rank; ++s) {
-      const Slice& slice = args.slices[s];
-      if (slice.replica) continue;
-      // Counted from the block's first row, elements fit 32 bits.
-      const uint32_t skipped = uint32_t(larger(slice.begin - begin * rank, 0)) / uint32_t(rank);
-      const uint32_t taken = uint32_t(smaller(slice.end - begin * rank, (end - begin) * rank) + rank - 1) / uint32_t(rank);
-      const int64_t first = begin + skipped, last = begin + taken;
-      for (int64_t r = first + row; r < last; r += high) {
-        const int64_t element = r * rank + first_column + column;
-        if (element >= slice.begin && element < slice.end) sum += score(slice, element - slice.begin);
-      }
-    }
-    sums[threadIdx.x] = sum;
-  }
-  __syncthreads();
-  double total = 0.0;
-  if (row < high)
-    for (int r = row; r < rows; r += high) total += sums[r * width + column];
-  __syncthreads();
-  sums[threadIdx.x] = total;
-  __syncthreads();
-  if (int(threadIdx.x) < width) {
-    total = 0.0;
-    for (int r = 0; r < high; ++r) total += sums[r * width + threadIdx.x];
-    args.parts[adapter.score_part + block * rank + first_column + threadIdx.x] = total;
-  }
+  if (blockIdx.x < args.blocks_of_b) add_scores_of_b(args, sums);
+  else add_scores_of_a(args);
 }
 
-// A warp for each triplet.
+// The parts together: a warp for each triplet.
 KERNEL(allocator_scores, allocator::ScoresArguments) {
   using namespace allocator;
   if (args.plan && !args.plan->chooses) return;
@@ -2451,19 +2480,15 @@ KERNEL(allocator_scores, allocator::ScoresArguments) {
   const Adapter& adapter = args.adapters[args.adapter_of[triplet]];
   const int64_t i = triplet - adapter.first_triplet, lane = threadIdx.x % 32;
   double of_a = 0.0, of_e = 0.0, of_b = 0.0;
-  const int64_t begin = i * adapter.input, end = begin + adapter.input;
-  int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_A], adapter.slices[FACTOR_A + 1], begin);
-  for (; s < adapter.slices[FACTOR_A + 1] && args.slices[s].begin < end; ++s) {
-    const Slice& slice = args.slices[s];
-    if (!slice.replica)
-      of_a += lane_scores(slice, larger(begin, slice.begin) - slice.begin, smaller(end, slice.end) - slice.begin);
-  }
-  s = first_slice_past(args.slices, adapter.slices[FACTOR_E], adapter.slices[FACTOR_E + 1], i);
+  const int64_t segments = ceil_div(adapter.input, SCORE_COLUMNS);
+  for (int64_t segment = lane; segment < segments; segment += 32)
+    of_a += args.parts_of_a[adapter.score_part_of_a + i * segments + segment];
+  const int32_t s = first_slice_past(args.slices, adapter.slices[FACTOR_E], adapter.slices[FACTOR_E + 1], i);
   if (s < adapter.slices[FACTOR_E + 1] && args.slices[s].begin <= i && !args.slices[s].replica)
     of_e = score(args.slices[s], i - args.slices[s].begin);
   const int64_t blocks = ceil_div(adapter.output, adapter.score_rows);
   for (int64_t block = lane; block < blocks; block += 32)
-    of_b += args.parts[adapter.score_part + block * adapter.rank + i];
+    of_b += args.parts_of_b[adapter.score_part_of_b + block * adapter.rank + i];
   of_a = warp_sum(of_a);
   of_b = warp_sum(of_b);
   if (lane == 0) {
