@@ -211,6 +211,17 @@ void Pass::check_backward(const LayerResults& expected) const {
   EXPECT_TRUE(dx_.gaps_untouched()) << what("dx", 0);
 }
 
+std::vector<std::pair<std::string, const Tensor*>> Pass::rows_of_tokens() const {
+  std::vector<std::pair<std::string, const Tensor*>> all{{"x", &x_}, {"dx", &dx_}};
+  for (size_t k = 0; k < adapters_.size(); ++k) {
+    const One& one = adapters_[k];
+    const std::string number = std::to_string(k);
+    all.insert(all.end(), {{"y" + number, &one.y}, {"dy" + number, &one.dy}});
+    all.insert(all.end(), {{"h" + number, &one.h}, {"g" + number, &one.g}});
+  }
+  return all;
+}
+
 std::vector<Bytes> Pass::outputs() const {
   std::vector<Bytes> all{dx_.bytes()};
   if (all_y_) all.push_back(all_y_->bytes());

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "layer.hpp"
@@ -37,6 +38,8 @@ class Pass {
   // What the stages hand on: h of forward's, g of backward's.
   support::Tensor& h(size_t adapter) { return adapters_[adapter].h; }
   support::Tensor& g(size_t adapter) { return adapters_[adapter].g; }
+  // What has a row for each token, by name.
+  std::vector<std::pair<std::string, const support::Tensor*>> rows_of_tokens() const;
 
  private:
   struct One {
