@@ -61,6 +61,12 @@ impl Context {
         Ok(Arc::new(Self { backend: backend::create(settings)? }))
     }
 
+    /// Over a backend that a test has made.
+    #[cfg(test)]
+    pub(crate) fn over(backend: Arc<dyn Backend>) -> Arc<Self> {
+        Arc::new(Self { backend })
+    }
+
     /// Who computes.
     pub fn backend(&self) -> &dyn Backend {
         &*self.backend

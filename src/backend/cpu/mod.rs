@@ -2,6 +2,8 @@
 
 mod allocator;
 mod element;
+#[cfg(test)]
+mod instruction_sets;
 mod kernels;
 mod pass;
 mod simd;
