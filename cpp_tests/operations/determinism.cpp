@@ -90,40 +90,63 @@ std::vector<Bytes> weights(Backend& backend, adalora_context_t* context, adalora
 std::vector<Case> determinism_cases() {
   std::vector<Case> rows;
   struct Types {
-    adalora_dtype_t activation, param;
+    adalora_dtype_t activation, param, grad;
   };
-  for (const Types& types : {Types{f64, f64}, {f32, f32}, {bf16, f32}, {bf16, bf16}, {f16, f16}}) {
+  for (const Types& types : {Types{f64, f64, f64},
+                             {f32, f32, f32},
+                             {bf16, f32, f32},
+                             {f16, f32, f32},
+                             {bf16, bf16, bf16},
+                             {bf16, bf16, f32},
+                             {f16, f16, f16},
+                             {f16, f16, f32}}) {
     LayerCase layer;
     layer.activation = types.activation;
     layer.param = types.param;
+    layer.grad = types.grad;
     layer.tokens = 513;
     layer.in = 300;
-    layer.out = {130, 257};
-    layer.rank = {12, 5};
+    layer.out = {130, 257, 31, 64};
+    layer.rank = {12, 5, 17, 33};
     layer.dropout = {0.1, 3, 4, 5, 0};
-    layer.name = name_of(types.activation) + " " + name_of(types.param);
+    layer.every_other_drops = true;
+    layer.name = name_of(types.activation) + " " + name_of(types.param) + " " + name_of(types.grad);
     const LayerContents contents = random_contents(layer);
-    rows.push_back({"any team gives the same bits", layer.name + " forward and backward", [=](Backend& b) {
+    rows.push_back({"any team gives the same bits", layer.name + ", forward and backward", [=](Backend& b) {
                       expect_all_the_same(b, [&](Backend& own, adalora_context_t* context) {
                         return passes(own, context, layer, contents);
                       });
                     }});
   }
-  for (adalora_dtype_t param : {f64, f32, bf16, f16}) {
+  struct Kept {
+    adalora_dtype_t param, gradient;
+    bool master;
+  };
+  for (const Kept& kept : {Kept{f64, f64, false},
+                           {f32, f32, false},
+                           {bf16, bf16, false},
+                           {bf16, f32, true},
+                           {f16, f16, true},
+                           {f16, f32, false}}) {
     ModelCase c;
-    c.param = param;
-    c.layers = {{768, 300, 12}, {65, 1030, 5}, {7, 5, 4}, {13, 13, 0}, {130, 130, 8}};
+    c.param = kept.param;
+    c.gradient = kept.gradient;
+    c.master = kept.master;
+    c.layers = {{768, 300, 12}, {65, 1030, 5}, {7, 5, 4}, {13, 13, 0}, {130, 130, 8}, {301, 259, 17}, {65, 67, 33}};
     c.schedule = {2, 3, 10, 2};
-    rows.push_back({"any team gives the same bits", name_of(param) + " steps of a run", [=](Backend& b) {
+    const std::string name =
+        name_of(kept.param) + " " + name_of(kept.gradient) + (kept.master ? " with master" : "") + ", steps of a run";
+    rows.push_back({"any team gives the same bits", name, [=](Backend& b) {
                       expect_all_the_same(
                           b, [&](Backend& own, adalora_context_t* context) { return run(own, context, c); });
                     }});
-    rows.push_back({"any team gives the same bits", name_of(param) + " weights", [=](Backend& b) {
+  }
+  for (adalora_dtype_t param : {f64, f32, bf16, f16})
+    rows.push_back({"any team gives the same bits", name_of(param) + ", weights", [=](Backend& b) {
                       expect_all_the_same(b, [&](Backend& own, adalora_context_t* context) {
                         return weights(own, context, param, param);
                       });
                     }});
-  }
   return rows;
 }
 

@@ -56,7 +56,7 @@ class Cpu final : public Backend {
     const auto add = [&](const std::string& name, Context context) {
       teams.push_back({name, nullptr, nullptr, std::move(context)});
     };
-    for (int32_t threads : {1, 2, 3, 7}) add("pool_of_" + std::to_string(threads), cpu_context(threads));
+    for (int32_t threads : {1, 2, 3, 5, 7}) add("pool_of_" + std::to_string(threads), cpu_context(threads));
     add("new_threads", cpu_context(3, on_new_threads));
     add("this_thread_alone", cpu_context(5, on_this_thread_alone));
     add("fewer_threads", cpu_context(7, on_two_threads_at_most));
