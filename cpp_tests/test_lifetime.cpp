@@ -4,10 +4,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
 #include <memory>
 #include <thread>
 
@@ -136,12 +140,96 @@ TEST(Threads, StartAtTheFirstComputation) {
 
 TEST(Threads, AreTheCallersAlone) {
   const size_t before = threads_of_this_process();
-  const Context context = cpu_context(3, [](void (*body)(void*), void* data, uint32_t, uint32_t) { body(data); });
+  static uint32_t most_asked_for;
+  most_asked_for = 0;
+  const Context context = cpu_context(3, [](void (*body)(void*), void* data, uint32_t threads, uint32_t) {
+    most_asked_for = std::max(most_asked_for, threads);
+    body(data);
+  });
   const LayerCase layer = large_layer();
   Pass pass(host(), context.get(), layer, operations::random_contents(layer));
   EXPECT_EQ(adalora_context_prepare(context.get(), nullptr), ADALORA_SUCCESS);
-  pass.forward();
+  results_of(pass);
   EXPECT_EQ(threads_of_this_process(), before);
+  EXPECT_EQ(most_asked_for, 3u);
+}
+
+// What the system says of a thread: whether it sleeps ("S"), and how often it has begun or ceased to run.
+struct Activity {
+  std::string state;
+  int64_t switches = 0;
+  bool operator==(const Activity& other) const { return state == other.state && switches == other.switches; }
+};
+
+// By thread, of those that the library has started.
+std::map<std::string, Activity> pool_threads() {
+  std::map<std::string, Activity> all;
+  std::error_code gone;  // a thread may end while this looks at it
+  for (std::filesystem::directory_iterator task("/proc/self/task", gone), end; task != end; task.increment(gone)) {
+    std::ifstream status(task->path() / "status");
+    std::string word, name;
+    Activity activity;
+    while (status >> word) {
+      if (word == "Name:") status >> name;
+      if (word == "State:") status >> activity.state;
+      int64_t count = 0;
+      if (word == "voluntary_ctxt_switches:" || word == "nonvoluntary_ctxt_switches:") status >> count;
+      activity.switches += count;
+    }
+    if (name.rfind("adalora-", 0) == 0) all[task->path().filename()] = activity;
+  }
+  return all;
+}
+
+// Neither spins nor looks now and then whether there is work: for a while, no thread of the pool runs at all.
+TEST(Threads, SleepWhileThereIsNothingToDo) {
+  const Context context = cpu_context(4);
+  const LayerCase layer = large_layer();
+  Pass pass(host(), context.get(), layer, operations::random_contents(layer));
+  results_of(pass);
+  std::map<std::string, Activity> earlier, later = pool_threads();
+  // They may still be on their way to sleep.
+  for (int i = 0; i < 50 && earlier != later; ++i) {
+    earlier = later;
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    later = pool_threads();
+  }
+  EXPECT_EQ(later.size(), 3u);
+  for (const auto& [thread, activity] : later) {
+    EXPECT_EQ(activity.state, "S") << "thread " << thread;
+    EXPECT_EQ(activity.switches, earlier[thread].switches) << "thread " << thread;
+  }
+}
+
+// Also where several callers come at once, to several contexts whose pools are not there yet.
+TEST(Threads, AreNoMoreThanWereAskedFor) {
+  const size_t before = threads_of_this_process();
+  const LayerCase layer = large_layer();
+  const LayerContents contents = operations::random_contents(layer);
+  for (int round = 0; round < 30; ++round) {
+    ASSERT_TRUE(soon_has_threads(before));
+    const Context two = cpu_context(2), four = cpu_context(4);
+    std::vector<std::unique_ptr<Pass>> passes;
+    for (adalora_context_t* context : {two.get(), two.get(), four.get(), four.get(), four.get()})
+      passes.push_back(std::make_unique<Pass>(host(), context, layer, contents));
+    std::vector<std::function<void()>> calls;
+    for (const auto& pass : passes) calls.emplace_back([&pass = *pass] { results_of(pass); });
+    for (const Context* context : {&two, &four})
+      calls.emplace_back([context] { EXPECT_EQ(adalora_context_prepare(context->get(), nullptr), ADALORA_SUCCESS); });
+    std::atomic<size_t> waiting{calls.size()}, computing{calls.size()};
+    std::vector<std::thread> callers;
+    for (const auto& call : calls)
+      callers.emplace_back([&] {
+        for (--waiting; waiting > 0;) std::this_thread::yield();
+        call();
+        --computing;
+      });
+    size_t most = 0;
+    while (computing > 0) most = std::max(most, pool_threads().size());
+    for (std::thread& caller : callers) caller.join();
+    EXPECT_EQ(pool_threads().size(), 1u + 3u) << "the calling thread is one of them";
+    ASSERT_LE(most, 1u + 3u) << "in round " << round;
+  }
 }
 
 TEST(Threads, UseOneAdapterEachAtOnce) {

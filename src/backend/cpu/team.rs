@@ -4,7 +4,7 @@
 use crate::backend::panics::quietly;
 use crate::context::{Level, Log, Parallel};
 use crate::error::{Code, Error, Result};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -18,6 +18,9 @@ pub(super) struct Team {
     /// The pool, made at the first job, and again in the child of a fork. Behind a bare pointer because a lock that
     /// another thread held during the fork would never open in the child.
     pool: AtomicPtr<Pool>,
+    /// The process of the thread that is just starting the pool, or 0. Of the process, because the child of a fork may
+    /// find the mark of a thread that it does not have.
+    starting: AtomicU32,
     log: Option<Log>,
 }
 
@@ -61,7 +64,7 @@ impl Team {
     pub(super) fn new(threads: usize, parallel: Option<Parallel>, log: Option<Log>) -> Self {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { available() } else { threads };
-        Self { threads, parallel, pool: AtomicPtr::default(), log }
+        Self { threads, parallel, pool: AtomicPtr::default(), starting: AtomicU32::new(0), log }
     }
 
     /// How many threads may work at once; workers are numbered below this.
@@ -81,8 +84,8 @@ impl Team {
 
     /// Starts the pool, if there is to be one.
     pub(super) fn prepare(&self) {
-        if self.threads > 1 && self.parallel.is_none() {
-            self.pool();
+        while self.threads > 1 && self.parallel.is_none() && self.pool().is_none() {
+            std::thread::yield_now();
         }
     }
 
@@ -109,7 +112,10 @@ impl Team {
                 // All have returned, so that number 0 is free for what fewer threads than promised may have left.
                 job.work(0);
             }
-            None if workers > 1 => self.pool().run(&job),
+            None if workers > 1 => match self.pool() {
+                Some(pool) => pool.run(&job),
+                None => job.work(0),
+            },
             _ => job.work(0),
         }
         match lock(&job.panic).take() {
@@ -118,27 +124,35 @@ impl Team {
         }
     }
 
-    fn pool(&self) -> &Pool {
-        let current = self.pool.load(Ordering::Acquire);
+    /// The pool, which the first who asks starts; None while another thread is at it, so that there are never two.
+    fn pool(&self) -> Option<&Pool> {
+        let process = std::process::id();
+        if let Some(pool) = self.started().filter(|pool| pool.process == process) {
+            return Some(pool);
+        }
+        let mark = self.starting.load(Ordering::Relaxed);
+        let take = || self.starting.compare_exchange(mark, process, Ordering::Acquire, Ordering::Relaxed);
+        if mark == process || take().is_err() {
+            return None;
+        }
+        let mut current = self.started();
+        if current.is_none_or(|pool| pool.process != process) {
+            if current.is_some() {
+                // Of the parent, whose threads do not exist here and whose locks may be held for ever: left where it is.
+                self.say(Level::Info, "a fork: starting new threads in the child");
+            }
+            let fresh = Pool::start(self.threads - 1, |text| self.say(Level::Warning, text));
+            self.pool.store(Box::into_raw(Box::new(fresh)), Ordering::Release);
+            current = self.started();
+        }
+        self.starting.store(0, Ordering::Release);
+        current
+    }
+
+    /// The pool of this process or of one that it was forked from.
+    fn started(&self) -> Option<&Pool> {
         // SAFETY: null, or a pool that lives until the team does.
-        if let Some(pool) = unsafe { current.as_ref() } {
-            if pool.process == std::process::id() {
-                return pool;
-            }
-            // The parent's: its threads do not exist here, and its locks may be held for ever. It is left where it is.
-            self.say(Level::Info, "a fork: starting new threads in the child");
-        }
-        let fresh = Box::into_raw(Box::new(Pool::start(self.threads - 1, |text| self.say(Level::Warning, text))));
-        match self.pool.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire) {
-            // SAFETY: just made, and published to live until the team does.
-            Ok(_) => unsafe { &*fresh },
-            Err(other) => {
-                // SAFETY: ours alone, since it was not published.
-                drop(unsafe { Box::from_raw(fresh) });
-                // SAFETY: another thread of this process was first; its pool lives until the team does.
-                unsafe { &*other }
-            }
-        }
+        unsafe { self.pool.load(Ordering::Acquire).as_ref() }
     }
 }
 
@@ -355,6 +369,26 @@ mod tests {
                 scope.spawn(|| (0..200).for_each(|_| each_task_once(&team, 20)));
             }
         });
+    }
+
+    #[test]
+    fn who_finds_a_pool_being_started_computes_alone() {
+        let team = Team::new(3, None, None);
+        team.starting.store(std::process::id(), Ordering::Relaxed);
+        each_task_once(&team, 20);
+        assert!(team.started().is_none());
+        team.starting.store(0, Ordering::Relaxed);
+        each_task_once(&team, 20);
+        assert_eq!(team.started().map(|pool| pool.threads.len()), Some(2));
+    }
+
+    /// The child would wait for a thread that only its parent has.
+    #[test]
+    fn a_start_that_a_fork_cut_off_is_made_anew() {
+        let team = Team::new(3, None, None);
+        team.starting.store(std::process::id() + 1, Ordering::Relaxed);
+        team.prepare();
+        assert_eq!(team.started().map(|pool| pool.threads.len()), Some(2));
     }
 
     /// A worker that misses the word to stop would sleep for ever, and so would whoever waits for its end.
