@@ -334,6 +334,10 @@ std::vector<Case> selection_cases() {
       add("digest", digest);
       add("reset", reset);
     }
+  // Rows of A beyond what one warp adds up on CUDA, some that no four elements begin with; more rows than a block.
+  ModelCase wide = layers_of(f32, false);
+  wide.layers = {{2052, 33, 5}, {1025, 7, 300}, {1024, 3, 1}, {3, 5000, 2}};
+  rows.push_back({"scores", "f32 long rows", [wide](Backend& b) { scores(b, wide); }});
   ModelCase c = layers_of(f32, false);
   rows.push_back({"select", "scores that are no numbers", [c](Backend& b) { strange_scores(b, c); }});
   rows.push_back({"select", "after the end", [c](Backend& b) { final_pattern_is_applied_again(b, c); }});
