@@ -399,9 +399,9 @@ impl Extents {
         Some(())
     }
 
-    /// Blocks that add up scores; `None` where there are too many.
-    fn score_blocks(&self) -> Option<usize> {
-        self.score_blocks_of_a.checked_add(self.score_blocks_of_b)
+    /// Blocks that add up scores.
+    fn score_blocks(&self) -> usize {
+        self.score_blocks_of_a.saturating_add(self.score_blocks_of_b)
     }
 
     fn of(model: &Model) -> Option<Self> {
@@ -411,8 +411,7 @@ impl Extents {
             all.add_factor(g.rank, g.input.whole)?;
             all.add_factor(g.rank, g.output.whole)?;
         }
-        let score_blocks = all.score_blocks()?;
-        let blocks = [score_blocks, all.gram_blocks, all.distance_blocks, all.penalty_blocks];
+        let blocks = [all.score_blocks(), all.gram_blocks, all.distance_blocks, all.penalty_blocks];
         blocks.iter().all(|b| *b < MAX_BLOCKS).then_some(all)
     }
 }
@@ -464,7 +463,7 @@ impl Layout {
             adapters: take(adapters + 1, size_of::<AdapterEntry>())?,
             factors: take(2 * adapters + 1, size_of::<FactorEntry>())?,
             adapter_of: take(triplets, size_of::<u32>())?,
-            adapter_of_block: take(extents.score_blocks()?, size_of::<u32>())?,
+            adapter_of_block: take(extents.score_blocks(), size_of::<u32>())?,
             budgets: take(n_budgets, size_of::<i64>())?,
             plan: take(1, PLAN_BYTES)?,
             rates: take(n_slices, RATES_BYTES)?,
@@ -551,7 +550,7 @@ struct Tables {
 }
 
 impl Tables {
-    fn new(binding: &Binding, layout: &Layout) -> Result<Self> {
+    fn new(binding: &Binding, layout: &Layout, all: &Extents) -> Result<Self> {
         let model = &binding.model;
         let mut bytes = reserve(layout.plan, "bytes of tables")?;
         bytes.resize(layout.plan, 0);
@@ -568,7 +567,6 @@ impl Tables {
             }
         }
         let overflow = || out_of_memory(layout.bytes, "bytes of workspace");
-        let all = Extents::of(model).ok_or_else(overflow)?;
         let mut extents = Extents::default();
         let mut first_slices = [0; 4];
         let mut rest = slices().map(|s| (s.adapter, s.factor)).peekable();
@@ -682,8 +680,8 @@ struct CudaAllocator {
 /// Takes an allocator's buffers.
 pub(super) fn bind(device: Arc<Device>, binding: Binding, stream: Stream) -> Result<Box<dyn BoundAllocator>> {
     let layout = Layout::new(&binding.model, binding.slices.len())?;
-    let tables = Tables::new(&binding, &layout)?;
     let extents = Extents::of(&binding.model).ok_or_else(|| out_of_memory(layout.bytes, "bytes of workspace"))?;
+    let tables = Tables::new(&binding, &layout, &extents)?;
     let (n_slices, n_chunks) = (tables.n_slices, tables.n_chunks);
     let allocator = CudaAllocator { device, binding, layout, extents, n_slices, n_chunks };
     let bound = allocator.device.enter(stream, |session| {
@@ -865,8 +863,7 @@ impl CudaAllocator {
             blocks_of_b: extents.score_blocks_of_b as i64,
             n_triplets: model.triplets() as i64,
         };
-        let blocks = extents.score_blocks_of_b + extents.score_blocks_of_a;
-        launch(session, Kernel::AllocatorScoreParts, blocks, &args)?;
+        launch(session, Kernel::AllocatorScoreParts, extents.score_blocks(), &args)?;
         launch(session, Kernel::AllocatorScores, model.triplets().div_ceil(THREADS / WARP), &args)
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -279,11 +279,7 @@ def merge(
     for name in adapter_names or ():
         get_config(model, name)
     layers = named_adapters(model, None)
-    for path, layer in layers.items():
-        try:
-            layer.check_merge(adapter_names, safe_merge)
-        except AdaLoRAError as error:
-            raise type(error)(f"{path}: {error}") from None
+    _check_each(layers, lambda layer: layer.check_merge(adapter_names, safe_merge))
     for layer in layers.values():
         layer.merge(adapter_names=adapter_names, backup=backup)
 
@@ -296,14 +292,19 @@ def unmerge(model: nn.Module) -> None:
 
     """
     layers = named_adapters(model, None)
-    for path, layer in layers.items():
-        try:
-            layer.check_unmerge()
-        except AdaLoRAError as error:
-            raise type(error)(f"{path}: {error}") from None
+    _check_each(layers, lambda layer: layer.check_unmerge())
     # In reverse: layers may share a weight, and each keeps it as it found it.
     for layer in reversed(layers.values()):
         layer.unmerge()
+
+
+def _check_each(layers: Mapping[str, SVDLayer], check: Callable[[SVDLayer], None]) -> None:
+    """Raise the first error of a check, with the layer's path, before any layer is changed."""
+    for path, layer in layers.items():
+        try:
+            check(layer)
+        except AdaLoRAError as error:
+            raise type(error)(f"{path}: {error}") from None
 
 
 def unload(model: nn.Module) -> nn.Module:
