@@ -23,8 +23,9 @@ def run(name: str, library: adalora.Library, folder: Path, *args: str, before: t
         text=True,
         cwd=folder,
         env=environment,
-        check=True,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
