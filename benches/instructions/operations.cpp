@@ -200,6 +200,7 @@ int main() {
   passes<float>(context, "", {128, 768, 768, 5});
   passes<float>(context, "", {128, 768, 768, 64});
   passes<bfloat16>(context, "", {128, 768, 768, 12});
+  passes<bfloat16>(context, "", {128, 768, 768, 7});
   passes<float>(context, ", dropout", {128, 768, 768, 12, 0.1});
   passes<float>(context, ", 3 layers", {128, 768, 768, 12, 0, 3});
   passes<float>(context, ", 4 live", {128, 768, 768, 12, 0, 1, 4});

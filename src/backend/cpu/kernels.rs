@@ -99,6 +99,9 @@ impl Asks for Ahead {
     }
 }
 
+/// Rows of the output that one tile of an `accumulate` computes.
+const TILE_ROWS: usize = 4;
+
 /// Bytes of a line.
 const LINE: usize = 64;
 
@@ -303,7 +306,7 @@ pub(super) unsafe fn accumulate<T: Real, P: Memory<T>, O: Memory<T>, A: Asks>(
     // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
     unsafe {
         match isa {
-            Isa::Portable => accumulate_how::<T::Portable, P, O, A, 4, 2>(how, size, c, p, out, &mut ahead),
+            Isa::Portable => accumulate_how::<T::Portable, P, O, A, 2>(how, size, c, p, out, &mut ahead),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => accumulate_avx2::<T::Avx2, P, O, A>(how, size, c, p, out, &mut ahead),
             #[cfg(target_arch = "x86_64")]
@@ -315,14 +318,7 @@ pub(super) unsafe fn accumulate<T: Real, P: Memory<T>, O: Memory<T>, A: Asks>(
 /// # Safety
 /// As [`accumulate`].
 #[inline(always)]
-unsafe fn accumulate_how<
-    V: Vector,
-    P: Memory<V::Element>,
-    O: Memory<V::Element>,
-    A: Asks,
-    const M: usize,
-    const W: usize,
->(
+unsafe fn accumulate_how<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks, const W: usize>(
     (order, sums): (Order, Sums),
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
@@ -333,8 +329,8 @@ unsafe fn accumulate_how<
     // SAFETY: as this function asks.
     unsafe {
         match sums {
-            Sums::Go => accumulate_with::<V, P, O, A, M, W, false>(order, size, c, p, out, ahead),
-            Sums::Begin => accumulate_with::<V, P, O, A, M, W, true>(order, size, c, p, out, ahead),
+            Sums::Go => accumulate_with::<V, P, O, A, W, false>(order, size, c, p, out, ahead),
+            Sums::Begin => accumulate_with::<V, P, O, A, W, true>(order, size, c, p, out, ahead),
         }
     }
 }
@@ -352,7 +348,7 @@ unsafe fn accumulate_avx2<V: Vector, P: Memory<V::Element>, O: Memory<V::Element
     ahead: &mut A,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_how::<V, P, O, A, 4, 2>(how, size, c, p, out, ahead) }
+    unsafe { accumulate_how::<V, P, O, A, 2>(how, size, c, p, out, ahead) }
 }
 
 /// # Safety
@@ -368,7 +364,7 @@ unsafe fn accumulate_avx512<V: Vector, P: Memory<V::Element>, O: Memory<V::Eleme
     ahead: &mut A,
 ) {
     // SAFETY: as this function asks.
-    unsafe { accumulate_how::<V, P, O, A, 4, 4>(how, size, c, p, out, ahead) }
+    unsafe { accumulate_how::<V, P, O, A, 4>(how, size, c, p, out, ahead) }
 }
 
 /// # Safety
@@ -379,7 +375,6 @@ unsafe fn accumulate_with<
     P: Memory<V::Element>,
     O: Memory<V::Element>,
     A: Asks,
-    const M: usize,
     const W: usize,
     const BEGIN: bool,
 >(
@@ -395,12 +390,12 @@ unsafe fn accumulate_with<
         return unsafe { accumulate_narrow::<V, P, O, A, BEGIN>((m, depth, length), c, p, out, ahead) };
     }
     let wide = W * V::LANES;
-    let (row_groups, column_groups) = (m.div_ceil(M), length.div_ceil(wide));
+    let (row_groups, column_groups) = (m.div_ceil(TILE_ROWS), length.div_ceil(wide));
     let (outer, inner) = if order == Order::ByRow { (row_groups, column_groups) } else { (column_groups, row_groups) };
     for a in 0..outer {
         for b in 0..inner {
-            let (i, j) = if order == Order::ByRow { (M * a, wide * b) } else { (M * b, wide * a) };
-            let (rows, columns) = ((m - i).min(M), (length - j).min(wide));
+            let (i, j) = if order == Order::ByRow { (TILE_ROWS * a, wide * b) } else { (TILE_ROWS * b, wide * a) };
+            let (rows, columns) = ((m - i).min(TILE_ROWS), (length - j).min(wide));
             let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
             let p = Rows::new(p.data.wrapping_add(j), p.stride);
             let out = Rows::new(out.from(i).data.wrapping_add(j), out.stride);
@@ -408,14 +403,12 @@ unsafe fn accumulate_with<
             unsafe {
                 let size = (rows, depth, columns);
                 match order {
-                    Order::ByRow => accumulate_tiles::<V, P, O, A, M, W, BEGIN, NEXT_ROWS>(size, c, p, out, ahead),
+                    Order::ByRow => accumulate_tiles::<V, P, O, A, W, BEGIN, NEXT_ROWS>(size, c, p, out, ahead),
                     // The first rows bring the columns that come next from memory.
                     Order::ByColumn if b == 0 => {
-                        accumulate_tiles::<V, P, O, A, M, W, BEGIN, NEXT_INPUT>(size, c, p, out, ahead)
+                        accumulate_tiles::<V, P, O, A, W, BEGIN, NEXT_INPUT>(size, c, p, out, ahead)
                     }
-                    Order::ByColumn => {
-                        accumulate_tiles::<V, P, O, A, M, W, BEGIN, NEXT_COLUMNS>(size, c, p, out, ahead)
-                    }
+                    Order::ByColumn => accumulate_tiles::<V, P, O, A, W, BEGIN, NEXT_COLUMNS>(size, c, p, out, ahead),
                 }
             }
         }
@@ -485,14 +478,13 @@ unsafe fn narrow_rows<
 }
 
 /// # Safety
-/// As [`accumulate`], for at most M rows and W vectors.
+/// As [`accumulate`], for at most [`TILE_ROWS`] rows and W vectors.
 #[inline(always)]
 unsafe fn accumulate_tiles<
     V: Vector,
     P: Memory<V::Element>,
     O: Memory<V::Element>,
     A: Asks,
-    const M: usize,
     const W: usize,
     const BEGIN: bool,
     const PREFETCH: u8,
@@ -505,16 +497,41 @@ unsafe fn accumulate_tiles<
 ) {
     // SAFETY: as this function asks.
     unsafe {
-        if rows == M && columns == W * V::LANES {
-            return accumulate_tile::<V, P, O, A, M, W, BEGIN, PREFETCH, false>((depth, V::LANES), c, p, out, ahead);
+        match rows {
+            1 => accumulate_columns::<V, P, O, A, 1, W, BEGIN, PREFETCH>((depth, columns), c, p, out, ahead),
+            2 => accumulate_columns::<V, P, O, A, 2, W, BEGIN, PREFETCH>((depth, columns), c, p, out, ahead),
+            3 => accumulate_columns::<V, P, O, A, 3, W, BEGIN, PREFETCH>((depth, columns), c, p, out, ahead),
+            _ => accumulate_columns::<V, P, O, A, TILE_ROWS, W, BEGIN, PREFETCH>((depth, columns), c, p, out, ahead),
         }
-        let last = columns - (columns - 1) / V::LANES * V::LANES;
-        if rows == M {
-            return accumulate_part::<V, P, O, A, M, BEGIN>((depth, columns, last), c, p, out, ahead);
-        }
-        for i in 0..rows {
-            let c = Coefficients { data: c.data.wrapping_add(i * c.row), ..c };
-            accumulate_part::<V, P, O, A, 1, BEGIN>((depth, columns, last), c, p, out.from(i), ahead);
+    }
+}
+
+/// # Safety
+/// As [`accumulate`], for M rows and at most W vectors.
+#[inline(always)]
+unsafe fn accumulate_columns<
+    V: Vector,
+    P: Memory<V::Element>,
+    O: Memory<V::Element>,
+    A: Asks,
+    const M: usize,
+    const W: usize,
+    const BEGIN: bool,
+    const PREFETCH: u8,
+>(
+    (depth, columns): (usize, usize),
+    c: Coefficients<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
+    ahead: &mut A,
+) {
+    let last = columns - (columns - 1) / V::LANES * V::LANES;
+    // SAFETY: as this function asks.
+    unsafe {
+        if columns == W * V::LANES {
+            accumulate_tile::<V, P, O, A, M, W, BEGIN, PREFETCH, false>((depth, last), c, p, out, ahead);
+        } else {
+            accumulate_part::<V, P, O, A, M, BEGIN>((depth, columns, last), c, p, out, ahead);
         }
     }
 }
@@ -663,9 +680,9 @@ mod tests {
 
     fn products_match_plain_loops<T: Real + std::fmt::Debug>() {
         for isa in isas() {
-            for m in [1, 2, 3, 4, 5, 9, 13, 29] {
+            for m in [1, 2, 3, 4, 6, 7, 9, 13, 29] {
                 for n in [1, 2, 3, 4, 7] {
-                    for length in [1, 3, 4, 8, 11, 24, 25, 33, 50] {
+                    for length in [1, 3, 4, 8, 11, 24, 25, 33, 50, 131] {
                         let (x, p) = (numbers::<T>(m * (length + 2), 1), numbers::<T>(n * (length + 1), 2));
                         let mut out = vec![T::from_f64(99.0); m * (n + 1)];
                         let rows = |v: &[T], stride| Rows::new(v.as_ptr().cast_mut(), stride);

@@ -1,5 +1,5 @@
-//! Vectors of the processor, so that each kernel is written once: AVX2 with fused multiply-add, and a portable one that
-//! the compiler maps to what there is. Chosen at run time.
+//! Vectors of the processor, so that each kernel is written once: AVX2 with fused multiply-add, AVX-512, and a portable
+//! one that the compiler maps to what there is. Chosen at run time.
 
 use half::{bf16, f16};
 use num_traits::Float;

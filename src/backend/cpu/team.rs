@@ -239,8 +239,10 @@ impl Pool {
         }
         // The lifetime ends before the job does: below, every worker has left.
         let pointer = JobPointer(std::ptr::from_ref(job).cast());
-        shared.post(|board| board.job = Some(pointer));
-        job.join();
+        // Number 0 is this thread's, which would wait for nothing if all numbers went to others.
+        job.workers.store(1, Ordering::Relaxed);
+        shared.post(job.most_workers - 1, |board| board.job = Some(pointer));
+        job.work(0);
         lock(&shared.board).job = None;
         for _ in 0..SPINS {
             if shared.active.load(Ordering::Acquire) == 0 {
@@ -259,7 +261,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.post(|board| board.stop = true);
+        self.shared.post(self.threads.len(), |board| board.stop = true);
         for thread in self.threads.drain(..) {
             // A worker catches every panic of a job, so that there is none to report.
             let _ = thread.join();
@@ -268,14 +270,19 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// Changes the board and wakes the workers. The generation grows under the lock: a worker that has just seen the old
-    /// one, and is about to sleep, would miss it otherwise.
-    fn post(&self, change: impl FnOnce(&mut Board)) {
+    /// Changes the board and wakes so many of the workers that sleep. The generation grows under the lock: a worker that
+    /// has just seen the old one, and is about to sleep, would miss it otherwise.
+    fn post(&self, workers: usize, change: impl FnOnce(&mut Board)) {
         let mut board = lock(&self.board);
         change(&mut board);
         self.generation.fetch_add(1, Ordering::Release);
+        let all = board.ready;
         drop(board);
-        self.wake.notify_all();
+        if workers >= all {
+            self.wake.notify_all();
+        } else {
+            (0..workers).for_each(|_| self.wake.notify_one());
+        }
     }
 
     fn serve(&self) {
@@ -358,6 +365,16 @@ mod tests {
             for tasks in [0, 1, 2, 7, 100] {
                 each_task_once(&team, tasks);
             }
+        }
+    }
+
+    #[test]
+    fn a_place_is_kept_for_the_calling_thread() {
+        let team = Team::new(5, None, None);
+        let caller = std::thread::current().id();
+        let has_place_0 = |_, worker| assert_eq!(worker == 0, std::thread::current().id() == caller);
+        for tasks in [2, 3, 5, 20] {
+            (0..500).for_each(|_| team.run(tasks, true, "nothing", has_place_0).unwrap());
         }
     }
 
