@@ -9,6 +9,7 @@ README.md beside this file says what each operation covers; plot.py draws what F
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -51,10 +53,8 @@ TITLES = (
     *("operation", "layers", "in", "out", "rank", "live", "tokens", "dtype", "threads"),
     *("ours ms", "PEFT ms", "compiled", "LoRA ms", "floor ms", "ratio", "/floor"),
 )
-# Elements that are copied, and rows of the matrices that are multiplied, to see what the machine can do.
-COPIED, MULTIPLIED = 1 << 26, 2048
-# Rank, width and tokens of each thread of a pass that the caches hold.
-CACHED = 64, 512, 128
+# Elements that are copied, and rounds of multiply-adds, to see what the machine can do.
+COPIED, ROUNDS = 1 << 26, 1_000_000
 
 
 class Shape(NamedTuple):
@@ -81,6 +81,8 @@ SHAPES = [
     Shape(12, 768, 768, 12, 4096),
     Shape(24, 768, 768, 4, 512),
     Shape(24, 768, 768, 64, 512),
+    # As allocation leaves it: no multiple of anything.
+    Shape(24, 768, 768, 7, 512),
     Shape(12, 768, 768, 12, 512),
     Shape(36, 768, 768, 12, 512),
     Shape(224, 768, 768, 12, 64),
@@ -95,35 +97,40 @@ SHAPES = [
 
 
 class Machine(NamedTuple):
-    """What some threads of this machine can do, measured in this run."""
+    """What some threads of this machine can do, at most."""
 
     bytes_per_ms: float
     """Read and written by a copy."""
     flops_per_ms: float
-    """Of a product of large matrices of float32, or of our own passes where they are faster."""
+    """Of multiply-adds in registers, float32."""
 
 
-def measure(threads: int) -> Machine:
-    """The best of several copies, PyTorch's and NumPy's in threads of our own, and of several products.
+class Meter:
+    """Measures what some threads of this machine can do: virtual ones differ from minute to minute."""
 
-    PyTorch's product is far from what some processors can do: a pass over what lies in the caches is a product, too.
-    """
-    source, target = torch.zeros(COPIED), torch.empty(COPIED)
-    matrix, product = torch.randn(MULTIPLIED, MULTIPLIED), torch.empty(MULTIPLIED, MULTIPLIED)
-    parts = [np.array_split(array.numpy(), threads) for array in (target, source)]
-    with ThreadPoolExecutor(threads) as pool:
-        copies = (lambda: target.copy_(source), lambda: list(pool.map(np.copyto, *parts)))
+    def __init__(self, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(threads)
+        self.source, self.target = torch.zeros(COPIED), torch.empty(COPIED)
+        self.parts = [np.array_split(array.numpy(), threads) for array in (self.target, self.source)]
+        self.sums = np.zeros((threads, 64), np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            library = f"{folder}/peak.so"
+            command = ["cc", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-o", library]
+            subprocess.run([*command, Path(__file__).with_name("peak.c")], check=True)
+            self.multiply_add = ctypes.CDLL(library).multiply_add
+        self.multiply_add.restype = ctypes.c_int64
+        self.multiply_add.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+
+    def measure(self) -> Machine:
+        """The best of several copies, PyTorch's and NumPy's in threads of our own, and of several runs of peak.c."""
+        copies = (lambda: self.target.copy_(self.source), lambda: list(self.pool.map(np.copyto, *self.parts)))
         copy = min(elapsed(each) for _ in range(7) for each in copies)
-    multiply = min(elapsed(lambda: torch.mm(matrix, matrix, out=product)) for _ in range(5))
-    rank, width, tokens = CACHED
-    adapter = adalora.Adapter(context(torch.device("cpu"), threads), width, width, init_r=rank)
-    params = adapter.zeros()
-    params.E[...] = 1
-    x, y = (np.zeros((threads * tokens, width), np.float32) for _ in range(2))
-    call = adapter.call(x, params, y=y)
-    ours = min(elapsed(call.forward) for _ in range(200))
-    rate = max(2 * MULTIPLIED**3 / multiply, 4 * rank * width * threads * tokens / ours)
-    return Machine(2 * 4 * COPIED / copy, rate)
+        flops = sum(self.multiply())
+        return Machine(2 * 4 * COPIED / copy, flops / min(elapsed(self.multiply) for _ in range(7)))
+
+    def multiply(self) -> list[int]:
+        """Operations done by each thread."""
+        return list(self.pool.map(lambda sums: self.multiply_add(ROUNDS, sums.ctypes.data), self.sums))
 
 
 def elapsed(f: Callable[[], Any]) -> float:
@@ -220,15 +227,14 @@ class Peft:
             compiled_expression(layer.base_layer(x), x, A, E, B, float(len(A))).backward(dy)
 
     def orthogonality(self) -> torch.Tensor:
-        """The penalty as AdaLoraModel.forward computes it, and its gradient."""
-        penalty = 0
-        for A, _, B in self.params:
-            for gram in (A @ A.T, B.T @ B):
-                identity = torch.eye(*gram.size(), out=torch.empty_like(gram))
-                penalty = penalty + torch.norm(gram - identity, p="fro")
-        penalty = ORTH_REG_WEIGHT * penalty / (2 * len(self.params))
+        """The penalty and its gradient."""
+        penalty = penalty_of([(A, B) for A, _, B in self.params])
         penalty.backward()
         return penalty
+
+    def compiled_orthogonality(self) -> None:
+        """As `orthogonality`, by `torch.compile`."""
+        compiled_penalty([(A, B) for A, _, B in self.params]).backward()
 
     def optimizer_allocator(self) -> None:
         """Clipping, fused AdamW, importance, and a mask."""
@@ -236,6 +242,19 @@ class Peft:
         nn.utils.clip_grad_norm_(self.trained, MAX_NORM)
         self.optimizer.step()
         self.model.base_model.update_and_allocate(self.step_number)
+
+
+def penalty_of(params: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The penalty as AdaLoraModel.forward computes it, of A and B of each layer."""
+    penalty = torch.zeros(())
+    for A, B in params:
+        for gram in (A @ A.T, B.T @ B):
+            identity = torch.eye(*gram.size(), out=torch.empty_like(gram))
+            penalty = penalty + torch.norm(gram - identity, p="fro")
+    return ORTH_REG_WEIGHT * penalty / (2 * len(params))
+
+
+compiled_penalty = torch.compile(penalty_of, dynamic=False)
 
 
 @torch.compile(dynamic=False)
@@ -298,8 +317,9 @@ class Ours:
 
         self.calls = calls(None)
         # The same with a final pattern that keeps a third of the triplets.
-        self.live_rank = max(shape.rank // 3, 1)
-        self.compacted = calls(np.arange(shape.rank) < self.live_rank)
+        pattern = np.arange(shape.rank) % 3 == 2
+        self.live_rank = int(pattern.sum())
+        self.compacted = calls(pattern)
         self.y, self.dx = [a[1] for a in arrays], [a[3] for a in arrays]
         self.sum_of_squares, self.factor = np.zeros(1), np.ones(1)
         self.found_inf, self.penalty = np.zeros(1, np.float32), np.zeros(1)
@@ -419,7 +439,7 @@ def demo_step(seconds: float) -> tuple[Shape, dict[str, float]]:
 
 
 def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Medians in milliseconds, turn by turn, so that a drift of the machine meets all."""
+    """Medians in milliseconds and how many turns there were: turn by turn, so that a drift of the machine meets all."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for f in 2 * list(functions.values()):
         f()
@@ -427,22 +447,28 @@ def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     while time.perf_counter() < end or min(map(len, times.values())) < 7:
         for name, f in functions.items():
             times[name].append(elapsed(f))
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: statistics.median(each) for name, each in times.items()} | {"turns": len(next(iter(times.values())))}
 
 
-def describe(on: adalora.Context) -> dict[str, Any]:
+def output_of(*command: str) -> str:
+    """What a program prints; nothing where it fails."""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def describe() -> dict[str, Any]:
     """What the numbers belong to."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     field = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in cpuinfo.splitlines()) if v}
     sets = [
         f for f in field.get("flags", "").split() if f in {"avx2", "fma", "f16c"} or f.startswith(("avx512", "amx"))
     ]
-    rustc = subprocess.run(["rustc", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    rustc = output_of("rustc", "--version")
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "revision": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
         "processor": " ".join(field.get(k, "?") for k in ("model name", "cpu family", "model")),
         "cores": len(os.sched_getaffinity(0)),
         "instruction_sets": sets,
-        "backend": on.describe(),
         "versions": {
             "adalora": adalora.__version__,
             "python": platform.python_version(),
@@ -454,9 +480,12 @@ def describe(on: adalora.Context) -> dict[str, Any]:
     }
 
 
-def report(rows: list[dict[str, Any]], times: dict[str, float], floor: float | None, **about: Any) -> None:
+def report(
+    rows: list[dict[str, Any]], times: dict[str, float], floor: float | None, machine: Machine, **about: Any
+) -> None:
     """Keep a row, and print it."""
     row = about | times | {"ratio": times["peft_ms"] / times["ours_ms"]}
+    row |= {"copy_gb_s": machine.bytes_per_ms / 1e6, "peak_gflop_s": machine.flops_per_ms / 1e6}
     if floor is not None:
         row |= {"floor_ms": floor, "over_floor": times["ours_ms"] / floor}
     rows.append(row)
@@ -480,11 +509,11 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     shapes, seconds = (SHAPES[:1], 1.0) if options.quick else (SHAPES, 2.0)
     rows: list[dict[str, Any]] = []
-    machines = {}
+    backends = {}
     print(" ".join(form.format(title) for form, title in zip(COLUMNS.values(), TITLES, strict=True)))
     for threads in options.threads or sorted({cores, 1}, reverse=True):
         torch.set_num_threads(threads)
-        machines[threads] = machine = measure(threads)
+        meter, backends[threads] = Meter(threads), context(torch.device("cpu")).describe()
         for shape, name in itertools.product(shapes, options.dtype):
             dtype = getattr(torch, name)
             torch.manual_seed(0)
@@ -508,20 +537,22 @@ def main() -> None:
                         "ours_ms": getattr(ours, operation),
                         "peft_ms": getattr(other, operation),
                     }
+                # Compiled for each number of layers, which takes a while.
+                if options.compile and shape == SHAPES[0]:
+                    operations["orthogonality"]["compiled_ms"] = other.compiled_orthogonality
             for operation, functions in operations.items():
                 live_rank = ours.live_rank if operation.endswith("compacted") else shape.rank
+                machine = meter.measure()
                 times = medians(functions, seconds)
                 floor = floor_ms(operation, shape, live_rank, dtype, machine)
                 about = {"operation": operation, **shape._asdict(), "live_rank": live_rank}
-                report(rows, times, floor, **about, dtype=name, threads=threads)
+                report(rows, times, floor, machine, **about, dtype=name, threads=threads)
         if "float32" in options.dtype:
+            machine = meter.measure()
             shape, times = demo_step(5 * seconds)
             about = {"operation": "demo_step", **shape._asdict(), "live_rank": shape.rank}
-            report(rows, times, None, **about, dtype="float32", threads=threads)
-    about = describe(ours.context)
-    about["measured"] = {
-        threads: {"copy_gb_s": m.bytes_per_ms / 1e6, "gflop_s": m.flops_per_ms / 1e6} for threads, m in machines.items()
-    }
+            report(rows, times, None, machine, **about, dtype="float32", threads=threads)
+    about = describe() | {"backends": backends}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     print(f"written to {options.output}")

@@ -1,6 +1,8 @@
 """Draw what bench.py wrote: how much faster than PEFT, how far from the floor, and how cost grows.
 
 plot.py FILE [PNG]                 default: beside FILE
+
+Prints README.md's table of the same rows, too.
 """
 
 from __future__ import annotations
@@ -53,12 +55,46 @@ def draw_growth(axes: Axes, rows: list[dict[str, Any]], base: dict[str, Any], al
     axes.legend(fontsize=8)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each shape, all with the same number of threads."""
+    columns = [
+        "layers, in to out, rank, tokens",
+        *("`forward_backward` in float32", "compiled", "LoRA", "over the floor", "compacted"),
+        *("in bfloat16", "compiled", "over the floor", "compacted"),
+        *("`orthogonality`", "over the floor", "`optimizer_allocator`", "over the floor"),
+    ]
+    lines = [columns, ["---"] * len(columns)]
+    shapes = dict.fromkeys(tuple(row[name] for name in BASE) for row in rows)
+    for layers, wide, out, rank, tokens in shapes:
+        of = {
+            (row["operation"], row["dtype"]): row
+            for row in rows
+            if tuple(row[name] for name in BASE) == (layers, wide, out, rank, tokens)
+        }
+        passes, half = (of["forward_backward", dtype] for dtype in ("float32", "bfloat16"))
+        compacted, half_compacted = (of["forward_backward_compacted", dtype] for dtype in ("float32", "bfloat16"))
+        penalty, update = of["orthogonality", "float32"], of["optimizer_allocator", "float32"]
+        found = [
+            *(passes["ratio"], passes["compiled_ms"] / passes["ours_ms"], passes["lora_ms"] / passes["ours_ms"]),
+            *(passes["over_floor"], compacted["ours_ms"] / passes["ours_ms"]),
+            *(half["ratio"], half["compiled_ms"] / half["ours_ms"]),
+            *(half["over_floor"], half_compacted["ours_ms"] / half["ours_ms"]),
+            *(penalty["ratio"], penalty["over_floor"], update["ratio"], update["over_floor"]),
+        ]
+        ratios = {0, 1, 2, 5, 6, 9, 11}
+        texts = [f"{value:.1f}" if k in ratios else f"{value:.2f}" for k, value in enumerate(found)]
+        lines.append([f"{layers}, {wide} to {out}, {rank}, {tokens}", *texts])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     """Draw one file."""
     source = Path(sys.argv[1])
     document = json.loads(source.read_text())
-    rows = [row for row in document["rows"] if row["operation"] != "demo_step" and row["dtype"] == "float32"]
+    rows = [row for row in document["rows"] if row["operation"] != "demo_step"]
     most = max(row["threads"] for row in rows)
+    print(table([row for row in rows if row["threads"] == most]))
+    rows = [row for row in rows if row["dtype"] == "float32"]
     passes = [row for row in rows if row["operation"] == "forward_backward"]
     rows = [row for row in rows if row["threads"] == most]
     base = BASE | {"threads": most}
