@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo demo-cpp test bench lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python software-cuda test-peft test-replay fuzz \
+.PHONY: demo demo-cpp test bench marks lib lib-sanitized header format lint test-rust test-cpp test-cpp-sanitized test-python software-cuda test-peft test-replay fuzz \
   test-cuda-mistakes ptx test-ptx gpu-check gpu-check-bundle test-instructions instructions-baseline cargo tools python clean
 
 LIBRARY := target/release/libadalora.so
@@ -16,6 +16,9 @@ CONFIGURE := cmake -S cpp_tests -B target/cpp -G Ninja -DADALORA_LIBRARY=$(abspa
 CUDA_TESTS := test_operations test_cuda test_faults
 GOLDEN := python_shim/tests/golden $(wildcard ../shared/golden)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+INSTALL_MISSING = if [ -n "$$missing" ]; then \
+	  $(SUDO) apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing; fi
 
 # DEMO takes the program's own options, such as DEMO="--epochs 2 --lr 5e-3".
 demo: python
@@ -120,6 +123,19 @@ gpu-check:
 bench: python
 	$(PYTHON) benches/bench.py --dtype float32 bfloat16 --compile
 
+# Our passes beside BLIS and LIBXSMM. BLIS is the build for OpenMP, whose threads all of them share.
+BLIS := $$(g++ -print-multiarch)/blis-openmp
+marks: tools lib
+	missing=; test -e /usr/include/$(BLIS)/blis.h || missing="$$missing libblis-openmp-dev"; \
+	test -e /usr/include/libxsmm.h || missing="$$missing libxsmm-dev"; \
+	$(INSTALL_MISSING)
+	g++ -std=c++17 -O3 -march=native -fopenmp -Wall -Wextra -Wpedantic -Werror -Iinclude -isystem /usr/include/$(BLIS) \
+	  benches/marks/marks.cpp -o target/marks -L$(dir $(LIBRARY)) -ladalora -Wl,-rpath,$(abspath $(dir $(LIBRARY))) \
+	  -lxsmm /usr/lib/$(BLIS)/libblis.a -ldl
+	target/marks >target/marks.json.new
+	mv target/marks.json.new target/marks.json
+	cat target/marks.json
+
 header: tools
 	WRITE_HEADER=1 cargo test --locked --test header
 	$(PYTHON) python_shim/generate_bindings.py
@@ -143,9 +159,7 @@ target/.tools: Makefile python_shim/pyproject.toml
 	  command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
 	test -e /usr/include/gtest/gtest.h || missing="$$missing libgtest-dev"; \
 	python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
-	if [ -n "$$missing" ]; then \
-	  $(SUDO) apt-get update -qq; \
-	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing; fi
+	$(INSTALL_MISSING)
 	mkdir -p target
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --constraint python_shim/constraints.txt ruff numpy safetensors ml_dtypes \
