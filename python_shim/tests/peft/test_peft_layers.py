@@ -434,6 +434,19 @@ def test_layers_of_other_makes_are_refused_before_anything_is_changed():
     assert type(model.base_model) is theirs.AdaLoraModel
 
 
+def test_layers_with_a_forward_of_their_own_are_refused_before_anything_is_changed():
+    model = peft_model()
+    last = layers(model)["base_model.model.fc3"]
+    last.forward = last.forward
+    with pytest.raises(UnsupportedError, match="found another one on the layer itself"):
+        adalora.peft.accelerate(model)
+    assert type(layers(model)["base_model.model.fc1"]) is theirs.SVDLinear
+    del last.forward
+    adalora.peft.accelerate(model)
+    last.forward = last.forward
+    adalora.peft.accelerate(model)
+
+
 def test_unmerging_keeps_what_somebody_else_made_of_the_weight():
     layer = layers(accelerated(peft_model()))["base_model.model.fc1"]
     with torch.no_grad():

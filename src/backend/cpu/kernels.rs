@@ -303,68 +303,85 @@ pub(super) unsafe fn accumulate<T: Real, P: Memory<T>, O: Memory<T>, A: Asks>(
     out: Rows<O>,
     mut ahead: A,
 ) {
-    // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
+    let (order, sums) = how;
+    // SAFETY: as this function asks.
     unsafe {
-        match isa {
-            Isa::Portable => accumulate_how::<T::Portable, P, O, A, 2>(how, size, c, p, out, &mut ahead),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => accumulate_avx2::<T::Avx2, P, O, A>(how, size, c, p, out, &mut ahead),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => accumulate_avx512::<T::Avx512, P, O, A>(how, size, c, p, out, &mut ahead),
+        match sums {
+            Sums::Go => accumulate_on::<T, P, O, A, false>(isa, order, size, c, p, out, &mut ahead),
+            Sums::Begin => accumulate_on::<T, P, O, A, true>(isa, order, size, c, p, out, &mut ahead),
         }
     }
 }
 
 /// # Safety
 /// As [`accumulate`].
-#[inline(always)]
-unsafe fn accumulate_how<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks, const W: usize>(
-    (order, sums): (Order, Sums),
+unsafe fn accumulate_on<T: Real, P: Memory<T>, O: Memory<T>, A: Asks, const BEGIN: bool>(
+    isa: Isa,
+    order: Order,
     size: (usize, usize, usize),
-    c: Coefficients<V::Element>,
+    c: Coefficients<T>,
     p: Rows<P>,
     out: Rows<O>,
     ahead: &mut A,
 ) {
     // SAFETY: as this function asks.
     unsafe {
-        match sums {
-            Sums::Go => accumulate_with::<V, P, O, A, W, false>(order, size, c, p, out, ahead),
-            Sums::Begin => accumulate_with::<V, P, O, A, W, true>(order, size, c, p, out, ahead),
+        match isa {
+            Isa::Portable => accumulate_portable::<T::Portable, P, O, A, BEGIN>(order, size, c, p, out, ahead),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => accumulate_avx2::<T::Avx2, P, O, A, BEGIN>(order, size, c, p, out, ahead),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => accumulate_avx512::<T::Avx512, P, O, A, BEGIN>(order, size, c, p, out, ahead),
         }
     }
+}
+
+/// # Safety
+/// As [`accumulate`].
+// Not a part of its caller, whose stack would hold its tiles beside the other instruction sets'.
+#[inline(never)]
+unsafe fn accumulate_portable<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks, const BEGIN: bool>(
+    order: Order,
+    size: (usize, usize, usize),
+    c: Coefficients<V::Element>,
+    p: Rows<P>,
+    out: Rows<O>,
+    ahead: &mut A,
+) {
+    // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
+    unsafe { accumulate_with::<V, P, O, A, 2, BEGIN>(order, size, c, p, out, ahead) }
 }
 
 /// # Safety
 /// As [`accumulate`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn accumulate_avx2<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks>(
-    how: (Order, Sums),
+unsafe fn accumulate_avx2<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks, const BEGIN: bool>(
+    order: Order,
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
     ahead: &mut A,
 ) {
-    // SAFETY: as this function asks.
-    unsafe { accumulate_how::<V, P, O, A, 2>(how, size, c, p, out, ahead) }
+    // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
+    unsafe { accumulate_with::<V, P, O, A, 2, BEGIN>(order, size, c, p, out, ahead) }
 }
 
 /// # Safety
 /// As [`accumulate`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn accumulate_avx512<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks>(
-    how: (Order, Sums),
+unsafe fn accumulate_avx512<V: Vector, P: Memory<V::Element>, O: Memory<V::Element>, A: Asks, const BEGIN: bool>(
+    order: Order,
     size: (usize, usize, usize),
     c: Coefficients<V::Element>,
     p: Rows<P>,
     out: Rows<O>,
     ahead: &mut A,
 ) {
-    // SAFETY: as this function asks.
-    unsafe { accumulate_how::<V, P, O, A, 4>(how, size, c, p, out, ahead) }
+    // SAFETY: as this function asks. Tiles are as large as the registers hold with their operands.
+    unsafe { accumulate_with::<V, P, O, A, 4, BEGIN>(order, size, c, p, out, ahead) }
 }
 
 /// # Safety

@@ -250,8 +250,14 @@ def accelerate(model: nn.Module) -> nn.Module:
             f"model: expected a PEFT model with an AdaLoRA adapter, found {type(model).__name__} without one"
         )
     classes = [accelerated_class(layer) for layer in layers]
-    for layer in layers:
+    for layer, cls in zip(layers, classes, strict=True):
         _refuse_groups(layer)
+        # Another class would change nothing.
+        if "forward" in vars(layer) and not isinstance(layer, cls):
+            raise UnsupportedError(
+                f"model: expected {type(layer).__name__}.forward of PEFT's, found another one on the layer itself, as "
+                "accelerate's hooks put it there: accelerate the model before"
+            )
     tuners = [each for each in model.modules() if isinstance(each, theirs.AdaLoraModel)]
     for tuner in tuners:
         if type(tuner) is not theirs.AdaLoraModel and not isinstance(tuner, AdaLoraModel):
