@@ -228,13 +228,13 @@ class Peft:
 
     def orthogonality(self) -> torch.Tensor:
         """The penalty and its gradient."""
-        penalty = penalty_of([(A, B) for A, _, B in self.params])
+        penalty = penalty_of(self.params)
         penalty.backward()
         return penalty
 
     def compiled_orthogonality(self) -> None:
         """As `orthogonality`, by `torch.compile`."""
-        compiled_penalty([(A, B) for A, _, B in self.params]).backward()
+        compiled_penalty(self.params).backward()
 
     def optimizer_allocator(self) -> None:
         """Clipping, fused AdamW, importance, and a mask."""
@@ -244,10 +244,10 @@ class Peft:
         self.model.base_model.update_and_allocate(self.step_number)
 
 
-def penalty_of(params: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The penalty as AdaLoraModel.forward computes it, of A and B of each layer."""
+def penalty_of(params: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The penalty as AdaLoraModel.forward computes it, of A, E and B of each layer."""
     penalty = torch.zeros(())
-    for A, B in params:
+    for A, _, B in params:
         for gram in (A @ A.T, B.T @ B):
             identity = torch.eye(*gram.size(), out=torch.empty_like(gram))
             penalty = penalty + torch.norm(gram - identity, p="fro")

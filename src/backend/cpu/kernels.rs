@@ -546,32 +546,8 @@ unsafe fn accumulate_columns<
     // SAFETY: as this function asks.
     unsafe {
         if columns == W * V::LANES {
-            accumulate_tile::<V, P, O, A, M, W, BEGIN, PREFETCH, false>((depth, last), c, p, out, ahead);
-        } else {
-            accumulate_part::<V, P, O, A, M, BEGIN>((depth, columns, last), c, p, out, ahead);
+            return accumulate_tile::<V, P, O, A, M, W, BEGIN, PREFETCH, false>((depth, last), c, p, out, ahead);
         }
-    }
-}
-
-/// # Safety
-/// As [`accumulate`], for M rows and one to four vectors, the last of which has `last` columns.
-#[inline(always)]
-unsafe fn accumulate_part<
-    V: Vector,
-    P: Memory<V::Element>,
-    O: Memory<V::Element>,
-    A: Asks,
-    const M: usize,
-    const BEGIN: bool,
->(
-    (depth, columns, last): (usize, usize, usize),
-    c: Coefficients<V::Element>,
-    p: Rows<P>,
-    out: Rows<O>,
-    ahead: &mut A,
-) {
-    // SAFETY: as this function asks.
-    unsafe {
         match columns.div_ceil(V::LANES) {
             1 => accumulate_tile::<V, P, O, A, M, 1, BEGIN, NOTHING, true>((depth, last), c, p, out, ahead),
             2 => accumulate_tile::<V, P, O, A, M, 2, BEGIN, NOTHING, true>((depth, last), c, p, out, ahead),
