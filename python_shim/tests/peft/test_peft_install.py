@@ -65,9 +65,22 @@ def test_other_ways_to_make_a_model(installed):
     mixed = peft.PeftMixedModel(Network(), peft.LoraConfig(target_modules=["fc3"]), "lora")
     mixed.add_adapter("adalora", config)
     assert type(mixed.base_model.model.fc1) is SVDLinear
+    assert not isinstance(mixed.base_model.model.fc3, SVDLinear)
     wrong = peft.AdaLoraConfig(total_step=10, target_modules=["conv"], deltaT=0)
     with pytest.raises(ValueError, match="deltaT: expected an integer, 1 or more, found 0"):
         mixed.add_adapter("wrong", wrong)
+
+
+def test_a_mixed_model_stays_accelerated():
+    config = peft.AdaLoraConfig(total_step=10, target_modules=["fc1"])
+    mixed = peft.PeftMixedModel(Network(), config, "first")
+    text = str(mixed)
+    assert str(adalora.peft.accelerate(mixed)) == text
+    mixed.add_adapter("second", peft.AdaLoraConfig(total_step=10, target_modules=["fc1", "conv"]))
+    mixed.add_adapter("lora", peft.LoraConfig(target_modules=["fc3"]))
+    assert type(mixed.base_model.model.fc1) is SVDLinear
+    assert type(mixed.base_model.model.conv) is SVDConv2d
+    assert type(mixed.base_model.model.fc3) is peft.tuners.lora.Linear
 
 
 def test_adapters_that_are_added(installed):

@@ -9,7 +9,7 @@ import warnings
 import peft
 import pytest
 import torch
-from pairs import Network, accelerated, batches, layer_passes, layers, pair, peft_model, trained
+from pairs import SETTINGS, Network, accelerated, batches, layer_passes, layers, pair, peft_model, trained
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import adalora as theirs
 from torch import Tensor, nn
@@ -73,14 +73,33 @@ def test_passes_under_autocast_are_pefts(path):
         assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max(), name
 
 
-def test_ranknum_is_no_parameter_to_train():
-    # In half precision, PEFT lets the optimiser have it.
-    model = accelerated(peft_model(dtype=torch.bfloat16))
-    ranknum = layers(model)["base_model.model.fc1"].ranknum["default"]
-    assert ranknum.requires_grad
-    (batch,) = batches(1, dtype=torch.bfloat16)
-    model(*batch).loss.backward()
-    assert ranknum.grad is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("installed", [False, True])
+def test_ranknum_is_no_parameter_to_train(installed, dtype):
+    # PEFT lets the optimiser have what it has cast or moved.
+    assert peft_model(dtype=dtype).base_model.model.fc1.ranknum["default"].requires_grad == (dtype != torch.float32)
+    if installed:
+        adalora.peft.install()
+    try:
+        model = peft_model(dtype=dtype)
+    finally:
+        adalora.peft.uninstall()
+    model = adalora.peft.accelerate(model)
+    model.add_adapter("second", peft.AdaLoraConfig(**SETTINGS, inference_mode=True))
+    model.double()
+    for layer in layers(model).values():
+        for name in ("default", "second"):
+            assert layer.ranknum[name].item() == 4
+            assert not layer.ranknum[name].requires_grad
+
+
+def test_layers_on_meta_have_shapes():
+    model = accelerated(peft_model()).to("meta")
+    found = model(*(each.to("meta") for batch in batches(1) for each in batch))
+    assert (found.logits.shape, found.logits.is_meta) == ((5, 3), True)
+    found.loss.backward()
+    layer = layers(model)["base_model.model.conv"]
+    assert layer.lora_A["default"].grad.shape == (4, 18)
 
 
 def test_nothing_about_the_model_changes():

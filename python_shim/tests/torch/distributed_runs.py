@@ -371,14 +371,15 @@ def half_precision(way: str) -> dict[str, Any]:
 class Scored(nn.Module):
     """What PEFT adapts: three layers, and a loss among the outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpointing: bool = False) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.layers = nn.ModuleList(nn.Linear(n, m, dtype=torch.float64) for n, m in ((6, 7), (7, 8), (8, 1)))
 
     def forward(self, x: Tensor, wanted: Tensor) -> SequenceClassifierOutput:
         """The loss."""
         for layer in self.layers:
-            x = layer(x).tanh()
+            x = (checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)).tanh()
         return SequenceClassifierOutput(loss=(x - wanted).square().mean())
 
 
@@ -387,9 +388,9 @@ def adapted_by_peft(way: str) -> nn.Module:
     torch.manual_seed(5)
     own = {name: value for name, value in SETTINGS.items() if name not in ("modules_to_save", "target_modules")}
     config = peft.AdaLoraConfig(**own, target_modules=[f"layers.{k}" for k in range(3)])
-    model = accelerate(peft.get_peft_model(Scored(), config))
+    model = accelerate(peft.get_peft_model(Scored(way == "fsdp checkpointing"), config))
     tuner = model.base_model
-    if way == "fsdp":
+    if way in ("fsdp", "fsdp checkpointing"):
         for layer in tuner.model.layers[1:]:
             fully_shard(layer)
     if way == "fsdp around":
@@ -410,11 +411,12 @@ def adapted_by_peft(way: str) -> nn.Module:
 def trained_by_peft(way: str) -> dict[str, Any]:
     """A run of a PEFT model, with the penalty in its loss."""
     tuner = adapted_by_peft(way)
+    called = DistributedDataParallel(tuner) if way == "ddp" else tuner
     params = [p for p in tuner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=2e-2)
     patterns = []
     for step, (x, wanted) in enumerate(batches(0, STEPS)):
-        tuner(x, wanted).loss.backward()
+        called(x, wanted).loss.backward()
         nn.utils.clip_grad_norm_(params, 0.5)
         optimizer.step()
         tuner.update_and_allocate(step)

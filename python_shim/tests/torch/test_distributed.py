@@ -122,8 +122,8 @@ def test_half_precision(two):
                 )
 
 
-@pytest.mark.parametrize("way", ["fsdp", "fsdp late"])
-def test_a_sharded_model_of_pefts(two, way):
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp checkpointing", "fsdp late"])
+def test_a_model_of_pefts(two, way):
     expected = runs.trained_by_peft("alone")
     assert expected["patterns"][0] != expected["patterns"][-1]
     for found in two.run(runs.trained_by_peft, way):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,9 +16,11 @@ from ..allocator import Standing
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from ..torch import AdaLoraConfig as CheckedConfig
 from ..torch import RankAllocator as LayersAllocator
+from ..torch.compaction import cut
+from ..torch.distributed import is_dtensor
 from ..torch.functional import traced
 from ..torch.operators import penalty_by_operator
-from ..torch.steps import OptimizerSteps
+from ..torch.steps import OptimizerSteps, step_number
 from ..values import StepValues
 
 _SCHEDULE = ("target_r", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2")
@@ -113,7 +113,7 @@ class RankAllocator:
             pattern is final.
 
         """
-        step = operator.index(global_step)
+        step = step_number("global_step", global_step)
         over = self._for(model)
         if deepspeed_config() is not None:
             raise UnsupportedError("update_and_allocate: expected whole gradients, found DeepSpeed's ZeRO-3")
@@ -247,25 +247,49 @@ class RankAllocator:
         self._for().reset()
         self._has_begun, self._last_step, self._final_pattern = False, -1, None
 
-    def is_over(self) -> bool:
-        """Whether the run has had its last step."""
-        return self._last_step >= self.peft_config.total_step - 1
+    def keeps_masked(self) -> bool:
+        """Whether files are to hold masked triplets too: where these may come back, or could not be put back."""
+        is_sharded = self._over is not None and self._over._sharding is not None
+        return self.in_trainer or is_sharded or self._final_pattern is None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a run needs beside parameters and the optimiser's state to go on bit for bit."""
-        return self._for().state_dict()
+        """What a run needs beside parameters and the optimiser's state to go on bit for bit.
+
+        After the last mask, `masked.<path>.A` and so on are what files leave out from then on, unless `compact` took
+        it out.
+        """
+        over = self._for()
+        state = over.state_dict()
+        if not self.keeps_masked():
+            for path, kept in by_path(self._final_pattern).items():
+                factors = {matrix: getattr(over.layers[path], f"lora_{matrix}")[self.adapter_name] for matrix in "AEB"}
+                if len(factors["E"]) == len(kept) and not all(kept):
+                    state[f"masked.{path}.kept"] = torch.tensor(kept)
+                    for matrix, p in factors.items():
+                        state[f"masked.{path}.{matrix}"] = cut(p.detach(), matrix, [not flag for flag in kept])
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Go on from where `state_dict` was called, once the parameters are restored. A wrong one changes nothing.
 
-        The state of a compacted run compacts the model, where that has not happened.
+        The state of a compacted run compacts the model, where that has not happened. That of another one puts masked
+        triplets back, where the model's file has left them out.
         """
-        over, there = self._for(), self._there(state_dict)
-        if there is not None and list(map(len, there.values())) != over.initial_ranks:
-            over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name, rank_pattern=there)
-        elif there is None and isinstance(state_dict, Mapping):
-            self._refuse_whole(state_dict)
-        over.load_state_dict(state_dict)
+        if not isinstance(state_dict, Mapping):
+            raise InvalidArgumentError(f"state_dict: expected a dict, found {type(state_dict).__name__}")
+        state = dict(state_dict)
+        masked = {name: state.pop(name) for name in state_dict if str(name).startswith("masked.")}
+        over, there = self._for(), self._there(state)
+        whole = self._with_masked(masked)
+        before = {path: self._exchange(path, values) for path, values in whole.items()}
+        try:
+            if whole or (there is not None and list(map(len, there.values())) != over.initial_ranks):
+                over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name, rank_pattern=there)
+            over.load_state_dict(state)
+        except Exception:
+            for path, values in before.items():
+                self._exchange(path, values)
+            raise
         self._over = over
         self._note_ranks(over)
         self._take_over(over)
@@ -314,8 +338,12 @@ class RankAllocator:
             ranks = self._ranks()
             if self._made_for == (schedule, ranks):
                 return self._over
-            # With other ranks it is another run.
-            self._carried = self._over.state_dict() if self._made_for[1] == ranks else None
+            if self._made_for[1] == ranks:
+                self._carried = self._over.state_dict()
+            else:
+                # It is another run.
+                self._carried = None
+                self._has_begun, self._last_step, self._final_pattern = False, -1, None
         check_config(self.peft_config)
         there = None if self._carried is None else self._there(self._carried)
         self._over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name, rank_pattern=there)
@@ -349,21 +377,47 @@ class RankAllocator:
         pattern, layers = by_path(self.peft_config.rank_pattern or {}), self.layers()
         if not isinstance(found, Tensor) or pattern.keys() != layers.keys():
             return None
-        there = {path: list(pattern[path]) for path in layers}
-        if tuple(map(sum, there.values())) != self._ranks(layers) or list(chain(*there.values())) != found.tolist():
+        sizes = [len(pattern[path]) for path in layers]
+        if found.numel() != sum(sizes):
             return None
-        return there
+        there = {path: flags.tolist() for path, flags in zip(layers, found.flatten().split(sizes), strict=True)}
+        return there if tuple(map(sum, there.values())) == self._ranks(layers) else None
 
-    def _refuse_whole(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Refuse the state of a run that has masked triplets yet, where the model's file leaves them out."""
-        for path, kept in by_path(self.peft_config.rank_pattern or {}).items():
-            found, layer = state_dict.get(f"exp_avg_ipt.{path}.E"), self.layers().get(path)
-            there = None if layer is None else layer.lora_E[self.adapter_name].shape[0]
-            if isinstance(found, Tensor) and there == sum(kept) < len(kept) == len(found):
-                raise InvalidArgumentError(
-                    f"state_dict: expected {there} triplets in {path}, as the model's file has, found {len(found)}: to "
-                    "go on after the end of a run, call rankallocator.compact() before both are saved"
-                )
+    def _with_masked(self, masked: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """All triplets of the layers whose file has left masked ones out."""
+        found = {}
+        for path, layer in self.layers().items():
+            kept = masked.get(f"masked.{path}.kept")
+            there = layer.lora_E[self.adapter_name].shape[0]
+            if not (isinstance(kept, Tensor) and there == kept.sum() < len(kept)):
+                continue
+            # Where each triplet is, once the masked ones stand behind the others.
+            order = kept.to(torch.int8).argsort(descending=True, stable=True)
+            found[path] = {}
+            for matrix, dim in (("A", 0), ("E", 0), ("B", 1)):
+                p, name = getattr(layer, f"lora_{matrix}")[self.adapter_name].detach(), f"masked.{path}.{matrix}"
+                if is_dtensor(p):
+                    raise UnsupportedError(
+                        f"{name}: expected whole parameters to put masked triplets back into, found sharded ones"
+                    )
+                shape = list(p.shape)
+                shape[dim] = len(kept) - there
+                values = masked.get(name)
+                if not isinstance(values, Tensor) or list(values.shape) != shape:
+                    what = f"shape {list(values.shape)}" if isinstance(values, Tensor) else "none"
+                    raise InvalidArgumentError(
+                        f"{name}: expected shape {shape}, for what the model's file has left out, found {what}"
+                    )
+                both = torch.cat([p, values.to(p)], dim)
+                found[path][f"lora_{matrix}"] = torch.empty_like(both).index_copy_(dim, order.to(p.device), both)
+        return found
+
+    def _exchange(self, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give a layer other values of A, E and B; returns those it had."""
+        layer = self.layers()[path]
+        before = {factor: getattr(layer, factor)[self.adapter_name].detach() for factor in values}
+        layer.give(self.adapter_name, values)
+        return before
 
     def _note_ranks(self, over: LayersAllocator) -> None:
         """Let layers and configuration know which triplets there are."""
@@ -378,6 +432,8 @@ class RankAllocator:
         standing = over.standing()
         self._has_begun, self._last_step = True, standing.last_step
         self._final_pattern = self._pattern(over) if standing.is_final else None
+        if standing.is_final:
+            self.peft_config.rank_pattern = self._final_pattern
 
     def _check_step(self, over: LayersAllocator, step: int, end: int) -> None:
         """Report a clock that does not go on, and a run that goes on without its state."""

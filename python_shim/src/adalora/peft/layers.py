@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import InvalidArgumentError, UnsupportedError
+from ..torch.compaction import cut, resize
 from ..torch.convolution import svd_conv
 from ..torch.distributed import is_sharded
 from ..torch.functional import Part, current_stream, svd_linear, traced
@@ -21,6 +23,15 @@ from ..torch.layers import SVDLinear as OwnSVDLinear
 
 # An adapter's matrices, and the dimension in which its triplets are.
 _FACTORS = (("lora_A", 0), ("lora_E", 0), ("lora_B", 1))
+
+
+class ParameterDict(nn.ParameterDict):
+    """PyTorch's, of constants; it prints as PyTorch's does."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Put a constant there."""
+        super().__setitem__(key, value)
+        self[key].requires_grad_(False)
 
 
 class _Adapted:
@@ -56,9 +67,9 @@ class _Adapted:
         return known[adapter_name][1]
 
     def _scaled(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, float]:
-        """A, E, B and the multiplier; a compiler, for which values of tensors are not there yet, gets it within E."""
+        """A, E, B and the multiplier; where tensors have no values, for a compiler or on meta, it is within E."""
         A, E, B = self.triplets(adapter_name)
-        if not traced():
+        if not traced() and not A.is_meta:
             return A, E, B, self._multiplier(adapter_name)
         return A, E * (self.scaling[adapter_name] / (self.ranknum[adapter_name].detach() + 1e-5)), B, 1.0
 
@@ -105,22 +116,40 @@ class _Adapted:
         A, E, B, scaling = self._scaled(name)
         return svd_linear(dropped, [Part(y, A, E, B, scaling, p, owned, weight)])[0]
 
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter as PEFT does."""
+        self.keep_ranknum_constant()
+        super().update_layer(adapter_name, *args, **kwargs)
+
+    def keep_ranknum_constant(self) -> None:
+        """Let ranknum require no gradient, which PEFT gives it where it casts it or moves it."""
+        self.ranknum.__class__ = ParameterDict
+        self.ranknum.requires_grad_(False)
+
     # Ranks
 
     def keep(self, adapter_name: str, kept: list[bool]) -> None:
         """Take the other triplets away. Scaling and ranknum stay, and what the adapter computes where their E is zero.
 
-        Should the next state dict hold all of them after all, the parameters return.
+        Parameters stay the same objects. Should the next state dict hold all triplets after all, they return.
         """
-        index = [k for k, flag in enumerate(kept) if flag]
-        whole = {}
-        for factor, dim in _FACTORS:
-            params = getattr(self, factor)
-            p = whole[factor] = params[adapter_name]
-            values = p.detach().index_select(dim, torch.tensor(index, dtype=torch.int64, device=p.device))
-            params[adapter_name] = nn.Parameter(values, requires_grad=p.requires_grad)
-        self.r[adapter_name] = len(index)
+        whole = {factor: getattr(self, factor)[adapter_name].detach() for factor, _ in _FACTORS}
+        self.give(adapter_name, {factor: cut(values, factor[-1], kept) for factor, values in whole.items()})
         self.__dict__.setdefault("_whole", {})[adapter_name] = whole
+
+    def give(self, adapter_name: str, values: Mapping[str, Tensor]) -> None:
+        """Let an adapter have these values of A, E and B, of another rank."""
+        for factor, _ in _FACTORS:
+            resize(getattr(self, factor)[adapter_name], values[factor])
+        self.r[adapter_name] = values["lora_E"].shape[0]
+        self.__dict__.get("_whole", {}).pop(adapter_name, None)
+
+    def make_room(self, adapter_name: str, r: int) -> None:
+        """Let an adapter have r triplets, whose values are yet to be loaded."""
+        A, E, B = (getattr(self, factor)[adapter_name].detach() for factor, _ in _FACTORS)
+        room = {"lora_A": A.new_zeros(r, A.shape[1]), "lora_E": E.new_zeros(r, 1), "lora_B": B.new_zeros(B.shape[0], r)}
+        self.give(adapter_name, room)
+        self.__dict__.get("_kept", {}).pop(adapter_name, None)
 
     def place_when_loaded(self, adapter_name: str, kept: list[bool]) -> None:
         """Let the next state dict hold the kept triplets alone; the others begin with E zero."""
@@ -130,9 +159,7 @@ class _Adapted:
         for name, whole in self.__dict__.pop("_whole", {}).items():
             found = state_dict.get(f"{prefix}lora_E.{name}")
             if found is not None and found.shape == whole["lora_E"].shape:
-                for factor, p in whole.items():
-                    getattr(self, factor)[name] = p
-                self.r[name] = found.shape[0]
+                self.give(name, whole)
         for name, kept in self.__dict__.pop("_kept", {}).items():
             for factor, dim in _FACTORS:
                 key = f"{prefix}{factor}.{name}"
@@ -389,13 +416,13 @@ def accelerated_class(layer: nn.Module) -> type:
     return CLASSES[found]
 
 
-def _placed(cut: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
+def _placed(left: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
     """The kept triplets in their places, the others as at the start of a run."""
-    shape = list(cut.shape)
+    shape = list(left.shape)
     shape[dim] = len(kept)
     # With A and B zero as well, a triplet would never learn.
-    values = cut.new_zeros(shape) if factor == "lora_E" else cut.new_empty(shape).normal_(std=0.02)
-    return values.index_copy_(dim, torch.tensor(kept, device=cut.device).nonzero().flatten(), cut)
+    values = left.new_zeros(shape) if factor == "lora_E" else left.new_empty(shape).normal_(std=0.02)
+    return values.index_copy_(dim, torch.tensor(kept, device=left.device).nonzero().flatten(), left)
 
 
 def _sum_of_bits(weight: Tensor) -> tuple[int, int]:

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig
+from peft import AdaLoraConfig, PeftConfig
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import adalora as theirs
 from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.mixed import MixedModel as TheirMixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import get_gptqmodel_quant_linear
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
     def resize_state_dict_by_rank_pattern(
         self, rank_pattern: Mapping[str, Any], state_dict: dict[str, Tensor], adapter_name: str
     ) -> dict[str, Tensor]:
-        """Leave masked triplets out of a state dict that is to be saved, once the run is over.
+        """Leave masked triplets out of a state dict that is to be saved, once the last mask was taken.
 
         Before, all are in it, since masked ones learn and may come back; the configuration's pattern says so.
         """
@@ -157,7 +158,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
             A, E, B = (state_dict[key] for key in keys)
             if E.shape[0] == len(kept):
                 index = torch.tensor(kept, device=E.device)
-                if (trains and (allocator.in_trainer or not allocator.is_over())) or bool(E[~index].any()):
+                if (trains and allocator.keeps_masked()) or bool(E[~index].any()):
                     kept = [True] * len(kept)
                 elif not all(kept):
                     state_dict.update(zip(keys, (A[index], E[index], B[:, index]), strict=True))
@@ -169,6 +170,29 @@ class AdaLoraModel(theirs.AdaLoraModel):
             saved[f"{path}.lora_E"] = kept
         config.rank_pattern = saved
         return state_dict
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in self.peft_config:
+            self._make_room(name, state_dict, f"{prefix}model.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _make_room(self, adapter_name: str, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Let layers have the ranks of a run's end where a state dict has those, whatever the pattern says.
+
+        PEFT resizes them by the configuration's pattern, but a model that is there keeps its own configuration.
+        """
+        config, layers = self.peft_config[adapter_name], self._layers(adapter_name)
+        found = [state_dict.get(f"{prefix}{path}.lora_E.{adapter_name}") for path in layers]
+        if any(E is None for E in found):
+            return
+        ranks, there = list(map(len, found)), [len(layer.lora_E[adapter_name]) for layer in layers.values()]
+        if ranks == there or sum(ranks) != config.target_r * len(layers):
+            return
+        config.rank_pattern = {}
+        for (path, layer), r in zip(layers.items(), ranks, strict=True):
+            layer.make_room(adapter_name, r)
+            # Which they were, the parameters do not say.
+            config.rank_pattern[f"{path}.lora_E"] = [k < r for k in range(int(layer.ranknum[adapter_name]))]
 
     # Layers and adapters
 
@@ -221,6 +245,16 @@ class AdaLoraModel(theirs.AdaLoraModel):
         return self.rankallocator
 
 
+class MixedModel(TheirMixedModel):
+    """A model with adapters of several kinds (PEFT's class): what `base_model` of a mixed model is."""
+
+    @staticmethod
+    def _create_new_module(config: PeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(config, AdaLoraConfig):
+            return AdaLoraModel._create_new_module(config, adapter_name, target, **kwargs)
+        return TheirMixedModel._create_new_module(config, adapter_name, target, **kwargs)
+
+
 class UnsupportedType(InvalidArgumentError, UnsupportedError):
     """A module of a type that cannot be adapted; PEFT raises ValueError."""
 
@@ -266,6 +300,10 @@ def accelerate(model: nn.Module) -> nn.Module:
             check_config(config)
     for layer, cls in zip(layers, classes, strict=True):
         layer.__class__ = cls
+        layer.keep_ranknum_constant()
+    for each in model.modules():
+        if type(each) is TheirMixedModel:
+            each.__class__ = MixedModel
     is_sharded = bool(fsdp_modules(model))
     reshard(model)
     for tuner in tuners:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,13 +20,13 @@ from ..allocator import Allocator, Budget, Hyper, Slice, Standing
 from ..context import Context
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from ..values import StepValues
-from .compaction import compacted_pattern, cut, cut_states, keep_pattern, shrink
+from .compaction import compacted_pattern, cut, cut_states, keep_pattern, resize
 from .config import AdaLoraConfig
 from .distributed import ShardedPenalty, Sharding, flatten_gradients, is_dtensor, local, whole
 from .functional import context, current_stream, native_adapter
 from .model import get_config, named_adapters
 from .penalty import Penalty, orthogonality_loss, state_dtype
-from .steps import OptimizerSteps
+from .steps import OptimizerSteps, step_number
 
 _UNITS = ("triplets", "parameters")
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
@@ -573,7 +572,7 @@ class RankAllocator:
         if isinstance(number, Tensor):
             self._step.copy_(number)
         else:
-            self._step.fill_(operator.index(number))
+            self._step.fill_(step_number("global_step", number))
 
     def read_adam_steps(self, steps: Tensor) -> None:
         """Read each adapter's number of updates into a vector of int64 on the host."""
@@ -868,7 +867,7 @@ class RankAllocator:
         for put in puts:
             put()
         for p, values, grad in zip(params, smaller, grads, strict=True):
-            shrink(p, values, grad)
+            resize(p, values, grad)
         increment_version(params)
         if isinstance(self.config, AdaLoraConfig):
             keep_pattern(self.config, dict(zip(self.layers, self._compacted, strict=True)))

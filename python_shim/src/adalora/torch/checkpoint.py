@@ -23,7 +23,7 @@ from .. import checkpoint as files
 from ..arrays import Triplets
 from ..checkpoint import Checkpoint, SavedAdapter, TensorInfo
 from ..errors import AdaLoRAError, CorruptDataError, InvalidArgumentError, InvalidStateError
-from .compaction import compacted_pattern, cut, keep_pattern, shrink
+from .compaction import compacted_pattern, cut, keep_pattern, resize
 from .config import TASK_HEADS, AdaLoraConfig
 from .convolution import SVDConv1d, SVDConv2d
 from .distributed import (
@@ -267,7 +267,7 @@ def _take_out(layers: Mapping[str, SVDLayer], adapter_name: str, kept: Mapping[s
     """Leave an adapter as many triplets as a file has, whatever their values."""
     for path, layer in layers.items():
         for matrix, p in zip("AEB", layer.triplets(adapter_name), strict=True):
-            shrink(p, cut(p.detach(), matrix, kept[path]), None)
+            resize(p, cut(p.detach(), matrix, kept[path]))
 
 
 def _found(checkpoint: Checkpoint, compacted: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -74,13 +74,13 @@ def _refuse(optimizer: Optimizer, key: Any, name: str, p: Tensor, found: str) ->
     )
 
 
-def shrink(p: nn.Parameter, smaller: Tensor, grad: Tensor | None) -> None:
+def resize(p: nn.Parameter, values: Tensor, grad: Tensor | None = None) -> None:
     """Give a parameter other values, of another shape; it stays the object that optimisers and hooks know."""
-    if smaller.shape == p.shape:
+    if values.shape == p.shape:
         return
     p.grad = None
     # A graph that is still alive, such as the last loss's, holds the node that adds to p.grad, and that the shape it
     # has seen first. PyTorch makes another one where the type has changed in between.
     p.data = torch.empty(0, dtype=torch.float16 if p.dtype != torch.float16 else torch.float32, device=p.device)
-    p.data = smaller
+    p.data = values
     p.grad = grad

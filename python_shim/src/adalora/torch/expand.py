@@ -83,7 +83,7 @@ def svd_expand(
     if r == 0:
         return without_triplets(y, h, E, B)
     h, E, B = (t.to(_compute(y)) for t in (h, E, B))
-    if traced():
+    if traced() or y.is_meta:
         return _by_operators(y, h, E, B, scaling, channel_dim, groups)
     place = _Place(scaling, channel_dim, groups)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(y, h, E, B):

@@ -177,7 +177,7 @@ def svd_linear(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     call = None if torch.compiler.is_dynamo_compiling() else _this_thread.hints.get(id(As[0]))
     if call is None or not call.knows(tensors, dropouts):
         _check_mode(x, parts)
-        if traced():
+        if traced() or x.is_meta:
             # At its first use: the operators are made from what stands here.
             from .operators import by_operator
 

@@ -19,6 +19,7 @@ from .allocator import RankAllocator
 from .distributed import any_is_not_finite, local, spread_state, total_norm
 from .functional import context
 from .penalty import state_dtype
+from .steps import step_number
 
 
 class AdamW(torch.optim.AdamW):
@@ -81,7 +82,7 @@ class AdamW(torch.optim.AdamW):
 
     @global_step.setter
     def global_step(self, number: int) -> None:
-        self._global_step = operator.index(number)
+        self._global_step = step_number("global_step", number)
         self.allocator.last_step = self._global_step - 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

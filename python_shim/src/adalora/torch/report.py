@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..allocator import Standing
 from ..errors import InvalidArgumentError
 from ..report import Summary, page, picture, text
 from .allocator import RankAllocator
+from .steps import step_number
 
 # Entries of the history: beyond that, of all masks every second is kept, then every fourth, and so on.
 MOST_ENTRIES = 1024
@@ -85,7 +85,7 @@ class RankReport:
             InvalidArgumentError: the step is not above the last one that was recorded, or not the allocator's.
 
         """
-        step = operator.index(step)
+        step = step_number("step", step)
         if step <= self._step:
             raise InvalidArgumentError(f"step: expected one above {self._step}, which was recorded last, found {step}")
         allocator = self._allocator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..errors import InvalidStateError
+from ..errors import InvalidArgumentError, InvalidStateError
 from .distributed import any_is_not_finite
 
 
@@ -157,3 +158,13 @@ def _register_hooks() -> None:
 
     register_optimizer_step_pre_hook(begin)
     register_optimizer_step_post_hook(end)
+
+
+def step_number(name: str, value: Any) -> int:
+    """The number of a step, of any type that Python takes for an integer; `name` is the argument's."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidArgumentError(
+            f"{name}: expected an integer, the number of the optimiser's step, found {value!r}"
+        ) from None
