@@ -253,3 +253,24 @@ def test_the_kernel_of_gptq_that_is_expected_is_named(monkeypatch):
             peft.get_peft_model(base, peft.AdaLoraConfig(target_modules=["0"], total_step=10))
     finally:
         adalora.peft.uninstall()
+
+
+def test_layers_of_gptq_are_adapted_where_the_model_is_quantized(monkeypatch):
+    # What PEFT asks gptqmodel for, whose kernels want a quantized model.
+    for module in (adalora.peft.model, theirs.model):
+        monkeypatch.setattr(module, "get_gptqmodel_quant_linear", lambda *args, **kwargs: Quantized)
+    config = peft.AdaLoraConfig(target_modules=["0"], total_step=10, init_lora_weights=False)
+    base = nn.Sequential(Quantized(nn.Linear(12, 7)), nn.Linear(7, 2))
+    torch.manual_seed(2)
+    expected = peft.get_peft_model(copy.deepcopy(base), config)
+    adalora.peft.install()
+    try:
+        torch.manual_seed(2)
+        model = peft.get_peft_model(base, config)
+    finally:
+        adalora.peft.uninstall()
+    layer = model.base_model.model[0]
+    assert type(layer) is adalora.peft.layers.SVDQuantLinear
+    assert layer.quant_linear_module is layer.base_layer is base[0].base_layer
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(model(x), expected(x))
