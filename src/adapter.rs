@@ -210,13 +210,10 @@ pub struct Call<'a> {
     pub dropout: Option<DropoutPlace>,
 }
 
-/// All shares in a call.
-pub type Calls<'a> = ArrayVec<Call<'a>, MAX_GROUP>;
-
 /// A checked pass, ready for a backend.
 pub struct Pass<'a> {
     /// Shares.
-    pub calls: Calls<'a>,
+    pub calls: &'a [Call<'a>],
     /// Which products.
     pub stages: Stages,
     /// Input, where it is read.
@@ -402,7 +399,8 @@ fn same_group(first: &Adapter, other: &Adapter) -> Result<()> {
 
 /// Adds every adapter's output.
 pub fn forward(calls: &[RawCall], stages: Stages, x: Option<Matrix>, workspace: Buffer, stream: Stream) -> Result<()> {
-    let pass = check_pass(calls, stages, Direction::Forward, x, None, workspace, stream)?;
+    let mut checked = ArrayVec::new();
+    let pass = check_pass(calls, &mut checked, stages, Direction::Forward, [x, None], workspace, stream)?;
     calls[0].adapter.context.backend().forward(&pass)
 }
 
@@ -416,20 +414,22 @@ pub fn backward(
     workspace: Buffer,
     stream: Stream,
 ) -> Result<()> {
-    let pass = check_pass(calls, stages, Direction::Backward, x, dx.as_ref(), workspace, stream)?;
+    let mut checked = ArrayVec::new();
+    let pass = check_pass(calls, &mut checked, stages, Direction::Backward, [x, dx], workspace, stream)?;
     let dx = if stages.expand { dx } else { None };
     calls[0].adapter.context.backend().backward(&pass, accumulate, dx.as_ref())
 }
 
-fn check_pass<'a>(
+/// A pass over `raw`, whose shares are put into `calls`: returned, room for the largest group would be copied.
+fn check_pass<'p, 'a>(
     raw: &[RawCall<'a>],
+    calls: &'p mut ArrayVec<Call<'a>, MAX_GROUP>,
     stages: Stages,
     direction: Direction,
-    x: Option<Matrix>,
-    dx: Option<&Matrix>,
+    [x, dx]: [Option<Matrix>; 2],
     workspace: Buffer,
     stream: Stream,
-) -> Result<Pass<'a>> {
+) -> Result<Pass<'p>> {
     let first = raw[0].adapter;
     let reads_x = match direction {
         Direction::Forward => stages.project,
@@ -445,10 +445,9 @@ fn check_pass<'a>(
     if let Some(x) = &x {
         x.expect("x", tokens, input, &[activation])?;
     }
-    if let Some(dx) = dx {
+    if let Some(dx) = &dx {
         dx.expect("dx", tokens, input, &[activation])?;
     }
-    let mut calls = Calls::new();
     for (i, share) in raw.iter().enumerate() {
         same_group(first, share.adapter).at_index("calls", i)?;
         if let Some(earlier) = raw[..i].iter().position(|r| std::ptr::eq(r.adapter, share.adapter)) {
@@ -459,7 +458,7 @@ fn check_pass<'a>(
     }
     let pass = Pass { calls, stages, x: x.filter(|_| reads_x), tokens, workspace, stream };
     check_workspace(&pass, first)?;
-    check_overlaps(&pass, dx.filter(|_| stages.expand), direction)?;
+    check_overlaps(&pass, dx.as_ref().filter(|_| stages.expand), direction)?;
     Ok(pass)
 }
 

@@ -5,6 +5,7 @@ use super::guard::{Handle, Kind, guard, guard_void, output, required};
 use super::read;
 use super::types::{AdapterDesc, Call, Matrix, Status, Triplets};
 use crate::adapter::{self, Direction, Layout};
+use arrayvec::ArrayVec;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
@@ -219,12 +220,13 @@ pub unsafe extern "C" fn adalora_adapter_forward(
 ) -> Status {
     guard("adalora_adapter_forward", || {
         let stages = read::stages(stages)?;
+        let mut shares = ArrayVec::new();
         // SAFETY: the caller passes n readable descriptors at that stride, as the documentation asks.
-        let calls = unsafe { read::calls(calls, stride, n, Direction::Forward, stages) }?;
+        unsafe { read::calls(calls, stride, n, Direction::Forward, stages, &mut shares) }?;
         // SAFETY: the caller passes a readable matrix or null, as the documentation asks.
         let x = unsafe { read::optional_matrix(x, "x") }?;
         let workspace = read::buffer(workspace, bytes, "workspace")?;
-        adapter::forward(&calls, stages, x, workspace, stream.into())
+        adapter::forward(&shares, stages, x, workspace, stream.into())
     })
 }
 
@@ -259,11 +261,12 @@ pub unsafe extern "C" fn adalora_adapter_backward(
     guard("adalora_adapter_backward", || {
         let stages = read::stages(stages)?;
         let accumulate = read::flag(accumulate, "accumulate")?;
+        let mut shares = ArrayVec::new();
         // SAFETY: the caller passes n readable descriptors at that stride, as the documentation asks.
-        let calls = unsafe { read::calls(calls, stride, n, Direction::Backward, stages) }?;
+        unsafe { read::calls(calls, stride, n, Direction::Backward, stages, &mut shares) }?;
         // SAFETY: the caller passes readable matrices or null, as the documentation asks.
         let (x, dx) = unsafe { (read::optional_matrix(x, "x")?, read::optional_matrix(dx, "dx")?) };
         let workspace = read::buffer(workspace, bytes, "workspace")?;
-        adapter::backward(&calls, stages, accumulate, x, dx, workspace, stream.into())
+        adapter::backward(&shares, stages, accumulate, x, dx, workspace, stream.into())
     })
 }

@@ -522,6 +522,8 @@ pub(super) unsafe fn call_adapters<'a>(
 
 /// The shares of a forward or backward pass: what the direction and stages read, and nothing else.
 ///
+/// They are put where they stay: returned, room for the largest group would be copied at every call.
+///
 /// # Safety
 /// As [`call_adapters`].
 pub(super) unsafe fn calls<'a>(
@@ -530,16 +532,16 @@ pub(super) unsafe fn calls<'a>(
     n: i64,
     direction: Direction,
     stages: Stages,
-) -> Result<ArrayVec<RawCall<'a>, MAX_GROUP>> {
+    shares: &mut ArrayVec<RawCall<'a>, MAX_GROUP>,
+) -> Result<()> {
     group_size(n)?;
-    let mut shares = ArrayVec::new();
     // SAFETY: as this function asks.
     for (i, call) in unsafe { array(calls, stride, n, "calls") }?.enumerate() {
         let call = call?;
         // SAFETY: as this function asks.
         shares.push(unsafe { share(&call, direction, stages) }.at_index("calls", i)?);
     }
-    Ok(shares)
+    Ok(())
 }
 
 /// # Safety
