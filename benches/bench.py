@@ -53,6 +53,8 @@ TITLES = (
     *("operation", "layers", "in", "out", "rank", "live", "tokens", "dtype", "threads"),
     *("ours ms", "PEFT ms", "compiled", "LoRA ms", "floor ms", "ratio", "/floor"),
 )
+# Calls that are timed together where one takes microseconds.
+CALLS = 1000
 # Elements that are copied, and rounds of multiply-adds, to see what the machine can do.
 COPIED, ROUNDS = 1 << 26, 1_000_000
 
@@ -438,6 +440,26 @@ def demo_step(seconds: float) -> tuple[Shape, dict[str, float]]:
     return ours.shape(), medians({"ours_ms": ours.demo_step, "peft_ms": other.demo_step}, seconds)
 
 
+def eager_call(seconds: float) -> tuple[Shape, dict[str, float]]:
+    """An adapted layer's forward pass on no tokens: what a call costs beside the computation."""
+    shape = Shape(1, 768, 768, 12, 0)
+    base, x = nn.Linear(shape.in_features, shape.out_features), torch.zeros(shape.tokens, shape.in_features)
+    options = {"init_r": shape.rank, "target_r": shape.rank // 3, "total_step": SCHEDULE["total_step"]}
+    ours = adalora.torch.adapt(nn.Sequential(base), adalora.torch.AdaLoraConfig(**options, target_modules="all-linear"))
+    other = peft.get_peft_model(nn.Sequential(base), peft.AdaLoraConfig(**options, target_modules=["0"]))
+    sides = {"ours_ms": ours[0], "peft_ms": other.base_model.model[0]}
+
+    def calls(layer: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(CALLS):
+                layer(x)
+
+        return run
+
+    times = medians({side: calls(layer) for side, layer in sides.items()}, seconds)
+    return shape, times | {side: times[side] / CALLS for side in sides}
+
+
 def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Medians in milliseconds and how many turns there were: turn by turn, so that a drift of the machine meets all."""
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -551,6 +573,9 @@ def main() -> None:
             machine = meter.measure()
             shape, times = demo_step(5 * seconds)
             about = {"operation": "demo_step", **shape._asdict(), "live_rank": shape.rank}
+            report(rows, times, None, machine, **about, dtype="float32", threads=threads)
+            shape, times = eager_call(seconds)
+            about = {"operation": "eager_call", **shape._asdict(), "live_rank": shape.rank}
             report(rows, times, None, machine, **about, dtype="float32", threads=threads)
     about = describe() | {"backends": backends}
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,7 @@ def main() -> None:
     """Draw one file."""
     source = Path(sys.argv[1])
     document = json.loads(source.read_text())
-    rows = [row for row in document["rows"] if row["operation"] != "demo_step"]
+    rows = [row for row in document["rows"] if row["operation"] not in ("demo_step", "eager_call")]
     most = max(row["threads"] for row in rows)
     print(table([row for row in rows if row["threads"] == most]))
     rows = [row for row in rows if row["dtype"] == "float32"]

@@ -22,8 +22,9 @@ const BLOCK: usize = 32;
 const BACKWARD_CHUNK: usize = 4 * BLOCK;
 const FEW_CHUNKS: usize = 4;
 const MOST_CHUNKS: usize = 16;
-/// Triplets from which on an adapter's factors leave the first cache before they are used again.
+/// Triplets, and bytes of a factor, from which on it leaves the first cache before it is used again.
 const MANY_TRIPLETS: usize = 16;
+const LARGE_FACTOR: usize = 1 << 15;
 /// Multiplications below which waking other threads costs more than it gains.
 const SERIAL_WORK: usize = 1 << 18;
 /// Elements of factors below which that holds for packing them.
@@ -52,9 +53,12 @@ fn stride<T>(columns: usize) -> usize {
     (columns.div_ceil(line) | 1) * line
 }
 
-/// In which order rows of x or y meet a factor of so many triplets.
-fn order(triplets: usize) -> Order {
-    if triplets > MANY_TRIPLETS { Order::ByColumn } else { Order::ByRow }
+/// In which order rows of dx or y meet a factor of so many triplets: a large one a few columns at a time, where the rows
+/// of a block wait in the second cache. Those of few triplets that are too wide for that stream through once.
+fn order<T>(triplets: usize, columns: usize) -> Order {
+    let bytes = columns * size_of::<T>();
+    let is_large = triplets * bytes > LARGE_FACTOR && BLOCK * bytes <= MOST_AHEAD;
+    if triplets > MANY_TRIPLETS || is_large { Order::ByColumn } else { Order::ByRow }
 }
 
 /// Hands out the workspace, piece after piece; also computes how much there must be.
@@ -148,7 +152,7 @@ impl<T: Real> Share<T> {
             }
             let in_order = (0..self.live).all(|k| *self.order.add(k) as usize == k);
             let a = &call.params.a;
-            self.packs_a = !(is_own::<T>(a.dtype) && in_order && self.live <= MANY_TRIPLETS);
+            self.packs_a = !(is_own::<T>(a.dtype) && in_order && order::<T>(self.live, a.columns) == Order::ByRow);
             if !self.packs_a {
                 self.a = Rows::new(pointer(a.data), a.row_stride);
             }
@@ -467,7 +471,7 @@ impl<T: Real> Lines<T> {
     /// # Safety
     /// As [`accumulate`].
     unsafe fn add(self, isa: Isa, size: (usize, usize, usize), c: Coefficients<T>, p: Rows<T>, ahead: Ahead) {
-        let how = (order(size.1), Sums::Go);
+        let how = (order::<T>(size.1, size.2), Sums::Go);
         // SAFETY: as this function asks.
         unsafe {
             match self {
@@ -761,7 +765,8 @@ impl<'a, T: Real> Run<'a, T> {
                 return dx.add(self.cpu.isa, product, c, share.a, ahead);
             };
             let raw = Rows::new(scratch.masked.data, input.local);
-            accumulate(self.cpu.isa, (order(share.active), Sums::Begin), product, c, share.a, raw, ahead);
+            let how = (order::<T>(share.active, input.local), Sums::Begin);
+            accumulate(self.cpu.isa, how, product, c, share.a, raw, ahead);
             let scale = T::from_f64(dropout.keep_scale);
             for t in 0..m {
                 let (from, to) = (raw.from(t).data, dx.from(t).data);
