@@ -94,9 +94,7 @@ def main() -> None:
     passed, errors = (sum(end == wanted for end in without.values()) for wanted in ("passed", "error"))
     if passed < LEAST or errors:
         text = (folder / "without.txt").read_text()
-        sys.exit(
-            f"{text}\nwithout adalora: expected {LEAST} passed and no error, found {passed} and {errors}"
-        )
+        sys.exit(f"{text}\nwithout adalora: expected {LEAST} passed and no error, found {passed} and {errors}")
     print("with adalora.peft.install(): ", end="", flush=True)
     counters = folder / "calls.json"
     counters.unlink(missing_ok=True)
