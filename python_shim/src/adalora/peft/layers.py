@@ -22,7 +22,7 @@ from ..torch.layers import SVDLayer
 from ..torch.layers import SVDLinear as OwnSVDLinear
 
 # An adapter's matrices, and the dimension in which its triplets are.
-_FACTORS = (("lora_A", 0), ("lora_E", 0), ("lora_B", 1))
+FACTORS = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
 
 
 class ParameterDict(nn.ParameterDict):
@@ -133,23 +133,22 @@ class _Adapted:
 
         Parameters stay the same objects. Should the next state dict hold all triplets after all, they return.
         """
-        whole = {factor: getattr(self, factor)[adapter_name].detach() for factor, _ in _FACTORS}
+        whole = {factor: getattr(self, factor)[adapter_name].detach() for factor in FACTORS}
         self.give(adapter_name, {factor: cut(values, factor[-1], kept) for factor, values in whole.items()})
         self.__dict__.setdefault("_whole", {})[adapter_name] = whole
 
     def give(self, adapter_name: str, values: Mapping[str, Tensor]) -> None:
         """Let an adapter have these values of A, E and B, of another rank."""
-        for factor, _ in _FACTORS:
+        for factor in FACTORS:
             resize(getattr(self, factor)[adapter_name], values[factor])
         self.r[adapter_name] = values["lora_E"].shape[0]
-        self.__dict__.get("_whole", {}).pop(adapter_name, None)
+        for pending in ("_whole", "_kept"):
+            self.__dict__.get(pending, {}).pop(adapter_name, None)
 
-    def make_room(self, adapter_name: str, r: int) -> None:
-        """Let an adapter have r triplets, whose values are yet to be loaded."""
-        A, E, B = (getattr(self, factor)[adapter_name].detach() for factor, _ in _FACTORS)
-        room = {"lora_A": A.new_zeros(r, A.shape[1]), "lora_E": E.new_zeros(r, 1), "lora_B": B.new_zeros(B.shape[0], r)}
-        self.give(adapter_name, room)
-        self.__dict__.get("_kept", {}).pop(adapter_name, None)
+    def room(self, adapter_name: str, r: int) -> dict[str, Tensor]:
+        """A, E and B of r triplets, whose values are yet to be loaded."""
+        A, E, B = (getattr(self, factor)[adapter_name].detach() for factor in FACTORS)
+        return {"lora_A": A.new_zeros(r, A.shape[1]), "lora_E": E.new_zeros(r, 1), "lora_B": B.new_zeros(B.shape[0], r)}
 
     def place_when_loaded(self, adapter_name: str, kept: list[bool]) -> None:
         """Let the next state dict hold the kept triplets alone; the others begin with E zero."""
@@ -161,7 +160,7 @@ class _Adapted:
             if found is not None and found.shape == whole["lora_E"].shape:
                 self.give(name, whole)
         for name, kept in self.__dict__.pop("_kept", {}).items():
-            for factor, dim in _FACTORS:
+            for factor, dim in FACTORS.items():
                 key = f"{prefix}{factor}.{name}"
                 if key in state_dict and state_dict[key].shape[dim] == sum(kept):
                     state_dict[key] = _placed(state_dict[key], factor, dim, kept)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InvalidArgumentError, InvalidStateError, UnsupportedError
 from ..torch.distributed import fsdp_modules, reshard
 from .allocator import RankAllocator, by_path, check_config
-from .layers import CLASSES, accelerated_class
+from .layers import CLASSES, FACTORS, accelerated_class
 
 
 class AdaLoraModel(theirs.AdaLoraModel):
@@ -182,17 +182,23 @@ class AdaLoraModel(theirs.AdaLoraModel):
         PEFT resizes them by the configuration's pattern, but a model that is there keeps its own configuration.
         """
         config, layers = self.peft_config[adapter_name], self._layers(adapter_name)
-        found = [state_dict.get(f"{prefix}{path}.lora_E.{adapter_name}") for path in layers]
-        if any(E is None for E in found):
+        names = {path: {name: f"{prefix}{path}.{name}.{adapter_name}" for name in FACTORS} for path in layers}
+        if any(name not in state_dict for each in names.values() for name in each.values()):
             return
-        ranks, there = list(map(len, found)), [len(layer.lora_E[adapter_name]) for layer in layers.values()]
-        if ranks == there or sum(ranks) != config.target_r * len(layers):
+        ranks = {path: len(state_dict[each["lora_E"]]) for path, each in names.items()}
+        there = {path: len(layer.lora_E[adapter_name]) for path, layer in layers.items()}
+        if ranks == there or sum(ranks.values()) != config.target_r * len(layers):
+            return
+        rooms = {path: layer.room(adapter_name, ranks[path]) for path, layer in layers.items()}
+        shapes = {names[path][name]: tensor.shape for path, room in rooms.items() for name, tensor in room.items()}
+        if any(state_dict[key].shape != shape for key, shape in shapes.items()):
             return
         config.rank_pattern = {}
-        for (path, layer), r in zip(layers.items(), ranks, strict=True):
-            layer.make_room(adapter_name, r)
+        for path, layer in layers.items():
+            layer.give(adapter_name, rooms[path])
             # Which they were, the parameters do not say.
-            config.rank_pattern[f"{path}.lora_E"] = [k < r for k in range(int(layer.ranknum[adapter_name]))]
+            flags = [k < ranks[path] for k in range(int(layer.ranknum[adapter_name]))]
+            config.rank_pattern[f"{path}.lora_E"] = flags
 
     # Layers and adapters
 
