@@ -93,6 +93,23 @@ def test_ranknum_is_no_parameter_to_train(installed, dtype):
             assert not layer.ranknum[name].requires_grad
 
 
+def test_an_optimizer_that_holds_ranknum_leaves_it_alone():
+    model = peft_model(dtype=torch.float64)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    (batch,) = batches(1, dtype=torch.float64)
+    for number in range(3):
+        model.base_model(*batch).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(number)
+        optimizer.zero_grad(set_to_none=False)
+        if number == 0:
+            adalora.peft.accelerate(model)
+            before = [layer.ranknum["default"].item() for layer in layers(model).values()]
+            # PEFT's step has moved them.
+            assert before != [4.0] * 4
+    assert [layer.ranknum["default"].item() for layer in layers(model).values()] == before
+
+
 def test_layers_on_meta_have_shapes():
     model = accelerated(peft_model()).to("meta")
     found = model(*(each.to("meta") for batch in batches(1) for each in batch))

@@ -297,6 +297,9 @@ def test_a_run_that_ends_early_takes_the_last_mask_on_demand(tmp_path):
         step(model, optimizer, number, batch)
     assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) > 8
     pattern = model.base_model.rankallocator.finalize()
+    fresh = accelerated(peft_model())
+    fresh.base_model.rankallocator.finalize()
+    step(fresh, adamw(fresh), 27, data[0])
     assert pattern == model.peft_config["default"].rank_pattern
     assert sum(kept.count(False) for kept in masks(model).values()) == 8
     expected = model(*data[0]).logits
@@ -442,7 +445,7 @@ def test_a_run_is_not_compacted_before_its_last_mask():
         model.base_model.rankallocator.compact(optimizer)
 
 
-@pytest.mark.parametrize("wrong", ["missing", "shape", "averages"])
+@pytest.mark.parametrize("wrong", ["missing", "shape", "averages", "type", "other", "unknown"])
 def test_a_wrong_state_of_masked_triplets_changes_nothing(wrong, tmp_path):
     model = accelerated(peft_model())
     optimizer = adamw(model)
@@ -455,6 +458,15 @@ def test_a_wrong_state_of_masked_triplets_changes_nothing(wrong, tmp_path):
     if wrong == "averages":
         name, text = "exp_avg_unc.fc3.B", "expected shape"
         state[name] = state[name][1:]
+    elif wrong in ("type", "other"):
+        name, text = (
+            f"masked.{path}.kept",
+            "a vector of bool" if wrong == "type" else "what the run's last mask has kept",
+        )
+        state[name] = state[name].float() if wrong == "type" else state[name].roll(1)
+    elif wrong == "unknown":
+        name, text = "state_dict", "found 'masked.fc9.A'"
+        state["masked.fc9.A"] = torch.zeros(1, 8)
     else:
         name, text = f"masked.{path}.B", "for what the model's file has left out, found "
         text += "none" if wrong == "missing" else "shape"
@@ -496,6 +508,112 @@ def test_a_run_goes_on_bit_for_bit_from_its_files(at, tmp_path):
     run_from(resumed, optimizer, at, data)
     assert_equal(resumed, whole)
     assert resumed.base_model.rankallocator.rank_pattern() == whole.base_model.rankallocator.rank_pattern()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("at", [14, 26, 30])
+def test_a_layer_without_triplets_goes_on_bit_for_bit(at, installed, tmp_path):
+    def clipped(model: nn.Module, optimizer: torch.optim.Optimizer, begin: int, end: int) -> None:
+        for number in range(begin, end):
+            model.base_model(*data[number]).loss.backward()
+            nn.utils.clip_grad_norm_(trained(model).values(), 0.1)
+            optimizer.step()
+            model.base_model.update_and_allocate(number)
+            optimizer.zero_grad()
+
+    data = list(batches(34))
+    whole = accelerated(peft_model(target_r=1))
+    optimizer = adamw(whole)
+    clipped(whole, optimizer, 0, at)
+    save(whole, tmp_path)
+    save_training_state(tmp_path, allocator=whole.base_model.rankallocator, optimizer=optimizer)
+    clipped(whole, optimizer, at, 34)
+    assert 0 in whole.base_model.rankallocator.ranks().values()
+    if installed:
+        adalora.peft.install()
+    try:
+        resumed = loaded(tmp_path, trainable=True, fast=True)
+    finally:
+        adalora.peft.uninstall()
+    other = adamw(resumed)
+    load_training_state(tmp_path, allocator=resumed.base_model.rankallocator, optimizer=other)
+    clipped(resumed, other, at, 34)
+    assert_equal(resumed, whole)
+    for p, q in zip(trained(resumed).values(), trained(whole).values(), strict=True):
+        for name, value in other.state[p].items():
+            assert torch.equal(value, optimizer.state[q][name])
+
+
+def test_training_on_a_final_file_keeps_to_the_initial_pattern(tmp_path):
+    data = list(batches(40))
+    model = accelerated(peft_model(target_r=1))
+    run_from(model, adamw(model), 0, data[:30])
+    save(model, tmp_path / "first")
+    pattern = model.peft_config["default"].rank_pattern
+    again = loaded(tmp_path / "first", trainable=True, fast=True)
+    run_from(again, adamw(again), 30, data)
+    ranks = again.base_model.rankallocator.ranks()
+    expected = again(*data[0]).logits
+    save(again, tmp_path / "second")
+    assert again.peft_config["default"].rank_pattern == pattern
+    for fast in (False, True):
+        other = loaded(tmp_path / "second", fast=fast)
+        torch.testing.assert_close(other(*data[0]).logits, expected)
+        assert [layer.lora_E["default"].shape[0] for layer in layers(other).values()] == list(ranks.values())
+
+
+@pytest.mark.parametrize("kind", ["copy", "pickle"])
+def test_a_copy_goes_on_from_files_of_the_end(kind, tmp_path):
+    data = list(batches(34))
+    model = accelerated(peft_model())
+    optimizer = adamw(model)
+    run_from(model, optimizer, 0, data[:9])
+    other = copy.deepcopy(model) if kind == "copy" else pickle.loads(pickle.dumps(model))
+    run_from(model, optimizer, 9, data[:27])
+    save(model, tmp_path)
+    save_training_state(tmp_path, allocator=model.base_model.rankallocator, optimizer=optimizer)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    others = adamw(other)
+    load_training_state(tmp_path, allocator=other.base_model.rankallocator, optimizer=others)
+    for each, own in ((model, optimizer), (other, others)):
+        run_from(each, own, 27, data)
+    assert_equal(other, model)
+
+
+def test_the_adapter_may_be_loaded_after_the_state(tmp_path):
+    data = list(batches(34))
+    model = accelerated(peft_model())
+    optimizer = adamw(model)
+    run_from(model, optimizer, 0, data[:27])
+    save(model, tmp_path)
+    save_training_state(tmp_path, allocator=model.base_model.rankallocator, optimizer=optimizer)
+    other = accelerated(peft_model(seed=4))
+    params, others = list(other.parameters()), adamw(other)
+    load_training_state(tmp_path, allocator=other.base_model.rankallocator, optimizer=others)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert all(p is q for p, q in zip(params, other.parameters(), strict=True))
+    for layer, same in zip(layers(other).values(), layers(model).values(), strict=True):
+        layer.base_layer.load_state_dict(same.base_layer.state_dict())
+    other.base_model.model.head.original_module.load_state_dict(
+        model.base_model.model.head.original_module.state_dict()
+    )
+    for each, own in ((model, optimizer), (other, others)):
+        run_from(each, own, 27, data)
+    assert_equal(other, model)
+
+
+def test_a_model_of_the_end_takes_an_earlier_file(tmp_path):
+    data = list(batches())
+    model = accelerated(peft_model())
+    optimizer = adamw(model)
+    for name, begin, end in (("early", 0, 8), ("late", 8, 30)):
+        run_from(model, optimizer, begin, data[:end])
+        save(model, tmp_path / name)
+    early = loaded(tmp_path / "early")
+    other = loaded(tmp_path / "late", trainable=True, fast=True)
+    other.load_adapter(tmp_path / "early", "default", is_trainable=True)
+    assert torch.equal(other(*data[0]).logits, accelerated(early)(*data[0]).logits)
+    assert [layer.r["default"] for layer in layers(other).values()] == [4] * 4
 
 
 @pytest.mark.parametrize("at", [14, 26, 30])

@@ -225,6 +225,7 @@ class RankAllocator:
         """Take the last mask now, where a run ends before `total_step - tfinal`; returns which triplets are kept."""
         over = self._for()
         over.finalize()
+        self._has_begun = True
         self._final_pattern = self.peft_config.rank_pattern = self._pattern(over)
         return self._final_pattern
 
@@ -251,6 +252,14 @@ class RankAllocator:
         """Whether files are to hold masked triplets too: where these may come back, or could not be put back."""
         is_sharded = self._over is not None and self._over._sharding is not None
         return self.in_trainer or is_sharded or self._final_pattern is None
+
+    def final_pattern(self) -> dict[str, list[bool]] | None:
+        """For each layer, which of its initial triplets the last mask has kept; None before it."""
+        return None if self._final_pattern is None else by_path(self._final_pattern)
+
+    def there(self) -> dict[str, list[bool]]:
+        """For each layer, which of its initial triplets there are, where a file or `compact` took others out."""
+        return {} if self._over is None else self._over.compacted_pattern() or {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs beside parameters and the optimiser's state to go on bit for bit.
@@ -280,12 +289,20 @@ class RankAllocator:
         state = dict(state_dict)
         masked = {name: state.pop(name) for name in state_dict if str(name).startswith("masked.")}
         over, there = self._for(), self._there(state)
-        whole = self._with_masked(masked)
+        whole = self._with_masked(masked, over.layers)
         before = {path: self._exchange(path, values) for path, values in whole.items()}
         try:
-            if whole or (there is not None and list(map(len, there.values())) != over.initial_ranks):
+            is_cut = there is not None and there != over.compacted_pattern()
+            if is_cut or self._ranks(over.layers) != self._made_for[1]:
                 over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name, rank_pattern=there)
             over.load_state_dict(state)
+            kept = over.rank_pattern()
+            for path in whole:
+                if masked[f"masked.{path}.kept"].tolist() != kept[path]:
+                    raise InvalidArgumentError(
+                        f"masked.{path}.kept: expected what the run's last mask has kept, {kept[path]}, found "
+                        f"{masked[f'masked.{path}.kept'].tolist()}"
+                    )
         except Exception:
             for path, values in before.items():
                 self._exchange(path, values)
@@ -317,7 +334,7 @@ class RankAllocator:
 
     def __getstate__(self) -> dict[str, Any]:
         carried = self._carried if self._over is None else self._over.state_dict()
-        state = {**self.__dict__, "_over": None, "_made_for": (), "_carried": carried}
+        state = {**self.__dict__, "_over": None, "_carried": carried}
         del state["_unfollowed"]
         return state
 
@@ -334,20 +351,19 @@ class RankAllocator:
             carried = self._carried if self._over is None else self._over.state_dict()
             self.model, self._over, self._carried = model, None, carried
         schedule = tuple(getattr(self.peft_config, name) for name in _SCHEDULE)
-        if self._over is not None:
-            ranks = self._ranks()
-            if self._made_for == (schedule, ranks):
-                return self._over
-            if self._made_for[1] == ranks:
-                self._carried = self._over.state_dict()
-            else:
-                # It is another run.
-                self._carried = None
-                self._has_begun, self._last_step, self._final_pattern = False, -1, None
+        ranks = self._ranks(self.layers() if self._over is None else self._over.layers)
+        if self._over is not None and self._made_for == (schedule, ranks):
+            return self._over
+        if self._made_for and self._made_for[1] != ranks:
+            # It is another run.
+            self._carried = None
+            self._has_begun, self._last_step, self._final_pattern = False, -1, None
+        elif self._over is not None:
+            self._carried = self._over.state_dict()
         check_config(self.peft_config)
-        there = None if self._carried is None else self._there(self._carried)
+        there = self._left_by_file() if self._carried is None else self._there(self._carried)
         self._over = LayersAllocator.over(self.layers(), self.peft_config, self.adapter_name, rank_pattern=there)
-        self._made_for = schedule, self._ranks()
+        self._made_for = schedule, ranks
         self._unfollowed.stop()
         # Before the optimiser's next step moves those that are masked.
         self._nonzero = {
@@ -371,6 +387,17 @@ class RankAllocator:
         except KeyError:
             raise InvalidStateError(f"model: expected the adapter {name!r}, found it deleted") from None
 
+    def _left_by_file(self) -> dict[str, list[bool]] | None:
+        """Which of the initial triplets there are, where the model's file has left others out."""
+        pattern, layers = by_path(self.peft_config.rank_pattern or {}), self.layers()
+        if pattern.keys() != layers.keys():
+            return None
+        ranks = self._ranks(layers)
+        is_cut = tuple(map(sum, (pattern[path] for path in layers))) == ranks and sum(map(len, pattern.values())) > sum(
+            ranks
+        )
+        return {path: list(pattern[path]) for path in layers} if is_cut else None
+
     def _there(self, state_dict: Mapping[str, Tensor]) -> dict[str, list[bool]] | None:
         """Which of the initial triplets there are, where model and state are those of a compacted run."""
         found = state_dict.get("rank_pattern") if isinstance(state_dict, Mapping) else None
@@ -383,16 +410,26 @@ class RankAllocator:
         there = {path: flags.tolist() for path, flags in zip(layers, found.flatten().split(sizes), strict=True)}
         return there if tuple(map(sum, there.values())) == self._ranks(layers) else None
 
-    def _with_masked(self, masked: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-        """All triplets of the layers whose file has left masked ones out."""
+    def _with_masked(
+        self, masked: Mapping[str, Any], layers: Mapping[str, AdaLoraLayer]
+    ) -> dict[str, dict[str, Tensor]]:
+        """All triplets of the layers whose masked ones a state holds, where these are in their parameters or not."""
+        unknown = masked.keys() - {f"masked.{path}.{what}" for path in layers for what in ("kept", *"AEB")}
+        if unknown:
+            raise InvalidArgumentError(f"state_dict: expected names of adapted layers, found {min(unknown)!r}")
         found = {}
-        for path, layer in self.layers().items():
+        for path, layer in layers.items():
             kept = masked.get(f"masked.{path}.kept")
+            if kept is None:
+                continue
+            if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.dim() != 1:
+                raise InvalidArgumentError(f"masked.{path}.kept: expected a vector of bool, found {kept!r}")
             there = layer.lora_E[self.adapter_name].shape[0]
-            if not (isinstance(kept, Tensor) and there == kept.sum() < len(kept)):
+            if there not in (kept.sum(), len(kept)):
                 continue
             # Where each triplet is, once the masked ones stand behind the others.
             order = kept.to(torch.int8).argsort(descending=True, stable=True)
+            n_kept = int(kept.sum())
             found[path] = {}
             for matrix, dim in (("A", 0), ("E", 0), ("B", 1)):
                 p, name = getattr(layer, f"lora_{matrix}")[self.adapter_name].detach(), f"masked.{path}.{matrix}"
@@ -400,23 +437,29 @@ class RankAllocator:
                     raise UnsupportedError(
                         f"{name}: expected whole parameters to put masked triplets back into, found sharded ones"
                     )
+                place = order.to(p.device)
                 shape = list(p.shape)
-                shape[dim] = len(kept) - there
+                shape[dim] = len(kept) - n_kept
                 values = masked.get(name)
                 if not isinstance(values, Tensor) or list(values.shape) != shape:
                     what = f"shape {list(values.shape)}" if isinstance(values, Tensor) else "none"
                     raise InvalidArgumentError(
                         f"{name}: expected shape {shape}, for what the model's file has left out, found {what}"
                     )
-                both = torch.cat([p, values.to(p)], dim)
-                found[path][f"lora_{matrix}"] = torch.empty_like(both).index_copy_(dim, order.to(p.device), both)
+                left = p if there == n_kept else p.index_select(dim, place[:n_kept])
+                both = torch.cat([left, values.to(p)], dim)
+                found[path][f"lora_{matrix}"] = torch.empty_like(both).index_copy_(dim, place, both)
         return found
 
     def _exchange(self, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give a layer other values of A, E and B; returns those it had."""
         layer = self.layers()[path]
-        before = {factor: getattr(layer, factor)[self.adapter_name].detach() for factor in values}
+        params = {factor: getattr(layer, factor)[self.adapter_name] for factor in values}
+        before = {factor: p.detach().clone() for factor, p in params.items()}
         layer.give(self.adapter_name, values)
+        with torch.no_grad():
+            for factor, p in params.items():
+                p.copy_(values[factor])
         return before
 
     def _note_ranks(self, over: LayersAllocator) -> None:
@@ -452,7 +495,8 @@ class RankAllocator:
                     f"update_and_allocate: expected steps before the last mask's, {end}, or the state of a run by "
                     f"load_state_dict, found step {step} of a new run"
                 )
-            over.set_rank_pattern(self._nonzero, final=True)
+            kept = over._initial_pattern([flags.tolist() for flags in self._nonzero.values()])
+            over.set_rank_pattern(dict(zip(over.layers, kept, strict=True)), final=True)
         elif step > max(self.peft_config.tinit, 1):
             warnings.warn(
                 f"update_and_allocate: found step {step} first: importance begins anew; to go on with a run, load its "

@@ -124,7 +124,16 @@ class _Adapted:
     def keep_ranknum_constant(self) -> None:
         """Let ranknum require no gradient, which PEFT gives it where it casts it or moves it."""
         self.ranknum.__class__ = ParameterDict
-        self.ranknum.requires_grad_(False)
+        for ranknum in self.ranknum.values():
+            # An optimiser that holds it passes over what has no gradient.
+            ranknum.requires_grad_(False).grad = None
+
+    @torch.no_grad()
+    def restore_ranknum(self, adapter_name: str, init_r: int) -> None:
+        """Say the initial rank where PEFT has lost it: a file that holds no triplet of a layer leaves zero."""
+        ranknum = self.ranknum[adapter_name]
+        if not ranknum.is_meta and not ranknum.any():
+            ranknum.fill_(init_r)
 
     # Ranks
 
@@ -151,8 +160,13 @@ class _Adapted:
         return {"lora_A": A.new_zeros(r, A.shape[1]), "lora_E": E.new_zeros(r, 1), "lora_B": B.new_zeros(B.shape[0], r)}
 
     def place_when_loaded(self, adapter_name: str, kept: list[bool]) -> None:
-        """Let the next state dict hold the kept triplets alone; the others begin with E zero."""
+        """Let the next state dict hold the kept triplets alone; the others go on from what they are, with E zero."""
         self.__dict__.setdefault("_kept", {})[adapter_name] = kept
+
+    def awaited(self, adapter_name: str) -> int:
+        """How many triplets the next state dict is to hold."""
+        kept = self.__dict__.get("_kept", {}).get(adapter_name)
+        return self.lora_E[adapter_name].shape[0] if kept is None else sum(kept)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name, whole in self.__dict__.pop("_whole", {}).items():
@@ -163,7 +177,7 @@ class _Adapted:
             for factor, dim in FACTORS.items():
                 key = f"{prefix}{factor}.{name}"
                 if key in state_dict and state_dict[key].shape[dim] == sum(kept):
-                    state_dict[key] = _placed(state_dict[key], factor, dim, kept)
+                    state_dict[key] = _placed(state_dict[key], getattr(self, factor)[name].detach(), factor, kept)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -415,13 +429,16 @@ def accelerated_class(layer: nn.Module) -> type:
     return CLASSES[found]
 
 
-def _placed(left: Tensor, factor: str, dim: int, kept: list[bool]) -> Tensor:
-    """The kept triplets in their places, the others as at the start of a run."""
-    shape = list(left.shape)
-    shape[dim] = len(kept)
-    # With A and B zero as well, a triplet would never learn.
-    values = left.new_zeros(shape) if factor == "lora_E" else left.new_empty(shape).normal_(std=0.02)
-    return values.index_copy_(dim, torch.tensor(kept, device=left.device).nonzero().flatten(), left)
+def _placed(left: Tensor, p: Tensor, factor: str, kept: list[bool]) -> Tensor:
+    """The kept triplets in their places, the others as they are, with E zero."""
+    if factor == "lora_E":
+        values = left.new_zeros(p.shape)
+    elif p.is_meta:
+        # As at the start of a run: with A and B zero as well, a triplet would never learn.
+        values = left.new_empty(p.shape).normal_(std=0.02)
+    else:
+        values = p.to(left, copy=True)
+    return values.index_copy_(FACTORS[factor], torch.tensor(kept, device=left.device).nonzero().flatten(), left)
 
 
 def _sum_of_bits(weight: Tensor) -> tuple[int, int]:

@@ -128,6 +128,8 @@ class AdaLoraModel(theirs.AdaLoraModel):
                 raise InvalidArgumentError(f"rank_pattern[{path!r}]: expected {r} flags, found {len(kept)}")
         total = sum(map(sum, patterns.values()))
         goes_on = not config.inference_mode and total > config.target_r * len(layers)
+        # A run that stands at its end goes on with all of its triplets, which its optimiser knows.
+        goes_on = goes_on or (self._trains(adapter_name) and self.rankallocator.final_pattern() == patterns)
         for path, kept in patterns.items():
             layer = layers[path]
             if all(kept) or len(kept) != layer.lora_E[adapter_name].shape[0]:
@@ -144,8 +146,8 @@ class AdaLoraModel(theirs.AdaLoraModel):
 
         Before, all are in it, since masked ones learn and may come back; the configuration's pattern says so.
         """
-        config, allocator = self.peft_config[adapter_name], self.__dict__.get("rankallocator")
-        trains = isinstance(allocator, RankAllocator) and allocator.adapter_name == adapter_name
+        config, trains = self.peft_config[adapter_name], self._trains(adapter_name)
+        there = self.rankallocator.there() if trains else {}
         saved: dict[str, list[bool]] = {}
         for path in self._layers(adapter_name):
             full = f"{path}.lora_E.{adapter_name}"
@@ -156,11 +158,13 @@ class AdaLoraModel(theirs.AdaLoraModel):
                 continue
             keys = [f"base_model.model.{path}.lora_{factor}.{adapter_name}" for factor in "AEB"]
             A, E, B = (state_dict[key] for key in keys)
-            if E.shape[0] == len(kept):
-                index = torch.tensor(kept, device=E.device)
-                if (trains and allocator.keeps_masked()) or bool(E[~index].any()):
-                    kept = [True] * len(kept)
-                elif not all(kept):
+            own = there.get(path, [True] * len(kept))
+            index = torch.tensor([flag for flag, is_there in zip(kept, own, strict=True) if is_there], dtype=torch.bool)
+            if E.shape[0] == len(index):
+                index = index.to(E.device)
+                if (trains and self.rankallocator.keeps_masked()) or bool(E[~index].any()):
+                    kept = own
+                elif not index.all():
                     state_dict.update(zip(keys, (A[index], E[index], B[:, index]), strict=True))
             elif E.shape[0] != sum(kept):
                 raise InvalidArgumentError(f"rank_pattern[{path!r}]: expected {E.shape[0]} flags, found {len(kept)}")
@@ -177,7 +181,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _make_room(self, adapter_name: str, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        """Let layers have the ranks of a run's end where a state dict has those, whatever the pattern says.
+        """Let layers have the ranks of a run's end, or the initial ones, where a state dict has those.
 
         PEFT resizes them by the configuration's pattern, but a model that is there keeps its own configuration.
         """
@@ -186,8 +190,9 @@ class AdaLoraModel(theirs.AdaLoraModel):
         if any(name not in state_dict for each in names.values() for name in each.values()):
             return
         ranks = {path: len(state_dict[each["lora_E"]]) for path, each in names.items()}
-        there = {path: len(layer.lora_E[adapter_name]) for path, layer in layers.items()}
-        if ranks == there or sum(ranks.values()) != config.target_r * len(layers):
+        awaited = {path: layer.awaited(adapter_name) for path, layer in layers.items()}
+        initial = {path: int(layer.ranknum[adapter_name]) for path, layer in layers.items()}
+        if ranks == awaited or (sum(ranks.values()) != config.target_r * len(layers) and ranks != initial):
             return
         rooms = {path: layer.room(adapter_name, ranks[path]) for path, layer in layers.items()}
         shapes = {names[path][name]: tensor.shape for path, room in rooms.items() for name, tensor in room.items()}
@@ -197,8 +202,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
         for path, layer in layers.items():
             layer.give(adapter_name, rooms[path])
             # Which they were, the parameters do not say.
-            flags = [k < ranks[path] for k in range(int(layer.ranknum[adapter_name]))]
-            config.rank_pattern[f"{path}.lora_E"] = flags
+            config.rank_pattern[f"{path}.lora_E"] = [k < ranks[path] for k in range(initial[path])]
 
     # Layers and adapters
 
@@ -229,6 +233,11 @@ class AdaLoraModel(theirs.AdaLoraModel):
     def _layers(self, adapter_name: str) -> dict[str, AdaLoraLayer]:
         found = self.model.named_modules()
         return {path: each for path, each in found if isinstance(each, AdaLoraLayer) and adapter_name in each.lora_A}
+
+    def _trains(self, adapter_name: str) -> bool:
+        """Whether the allocator is that adapter's."""
+        allocator = self.__dict__.get("rankallocator")
+        return isinstance(allocator, RankAllocator) and allocator.adapter_name == adapter_name
 
     def _is_in_trainer(self) -> bool:
         return isinstance(allocator := self.__dict__.get("rankallocator"), RankAllocator) and allocator.in_trainer
@@ -315,6 +324,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     for tuner in tuners:
         if not isinstance(tuner, AdaLoraModel):
             tuner.__class__ = AdaLoraModel
+        for name, config in tuner.peft_config.items():
+            for layer in tuner._layers(name).values():
+                layer.restore_ranknum(name, config.init_r)
         allocator = tuner.__dict__.get("rankallocator")
         if isinstance(allocator, theirs.RankAllocator):
             ours = RankAllocator(tuner.model, allocator.peft_config, allocator.adapter_name)

@@ -274,6 +274,10 @@ class RankAllocator:
         """For each layer, its rank at creation."""
         return self._native.ranks if self._compacted is None else [len(there) for there in self._compacted]
 
+    def compacted_pattern(self) -> dict[str, list[bool]] | None:
+        """For each layer, which of its initial triplets there are; None where all are."""
+        return None if self._compacted is None else dict(zip(self.layers, self._compacted, strict=True))
+
     def ranks(self) -> dict[str, int]:
         """For each layer, how many triplets are kept."""
         return dict(zip(self.layers, self.standing().ranks, strict=True))
