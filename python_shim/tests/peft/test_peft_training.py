@@ -562,6 +562,32 @@ def test_training_on_a_final_file_keeps_to_the_initial_pattern(tmp_path):
         assert [layer.lora_E["default"].shape[0] for layer in layers(other).values()] == list(ranks.values())
 
 
+@pytest.mark.parametrize("at", [14, 30])
+def test_a_cut_model_loses_ranks_down_to_a_lower_target(at, tmp_path):
+    """A file of PEFT's from before the last mask or of the end, in layers of its ranks."""
+    data = list(batches())
+    model = peft_model()
+    run_from(model, adamw(model), 0, data[:at])
+    model.save_pretrained(tmp_path / "first")
+    again = loaded(tmp_path / "first", trainable=True, fast=True)
+    there = sum(layer.lora_E["default"].shape[0] for layer in layers(again).values())
+    assert there == 8 if at == 30 else 8 < there < 16
+    again.peft_config["default"].target_r = 1
+    run_from(again, adamw(again), 0, data[:14])
+    for part in ("early", "late"):
+        expected = again(*data[0]).logits
+        copied = copy.deepcopy(again)
+        for each, folder in ((again, tmp_path / part), (copied, tmp_path / f"{part} copy")):
+            save(each, folder)
+            for fast in (False, True):
+                other = loaded(folder, fast=fast)
+                torch.testing.assert_close(other(*data[0]).logits, expected, rtol=1e-5, atol=1e-5)
+        if part == "early":
+            run_from(again, adamw(again), 14, data)
+    assert sum(kept.count(False) for kept in masks(again).values()) == 4
+    assert sum(layer.lora_E["default"].shape[0] for layer in layers(loaded(tmp_path / "late")).values()) == 4
+
+
 @pytest.mark.parametrize("kind", ["copy", "pickle"])
 def test_a_copy_goes_on_from_files_of_the_end(kind, tmp_path):
     data = list(batches(34))

@@ -173,7 +173,7 @@ def test_wrong_steps_are_refused():
         run.report.record(18)
     with pytest.raises(InvalidArgumentError, match="step: expected the allocator's last one, -1, found 0"):
         Run().report.record(0)
-    with pytest.raises(InvalidArgumentError, match="step: expected an integer, .* found 5.0"):
+    with pytest.raises(InvalidArgumentError, match=r"step: expected an integer, .* found 5\.0"):
         run.report.record(5.0)
     assert str(run.report.state_dict()) == str(before)
 

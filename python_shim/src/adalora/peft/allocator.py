@@ -63,6 +63,8 @@ class RankAllocator:
         self._last_step = -1
         self._nonzero: dict[str, Tensor] = {}
         self._final_pattern: dict[str, list[bool]] | None = None
+        # What `there` returns of a copy.
+        self._were_there: dict[str, list[bool]] = {}
         # Optimisers' steps, before anything is there that follows them.
         self._unfollowed = OptimizerSteps(self._found_parameters)
         self.in_trainer = False
@@ -259,7 +261,7 @@ class RankAllocator:
 
     def there(self) -> dict[str, list[bool]]:
         """For each layer, which of its initial triplets there are, where a file or `compact` took others out."""
-        return {} if self._over is None else self._over.compacted_pattern() or {}
+        return self._were_there if self._over is None else self._over.compacted_pattern() or {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a run needs beside parameters and the optimiser's state to go on bit for bit.
@@ -334,7 +336,7 @@ class RankAllocator:
 
     def __getstate__(self) -> dict[str, Any]:
         carried = self._carried if self._over is None else self._over.state_dict()
-        state = {**self.__dict__, "_over": None, "_carried": carried}
+        state = {**self.__dict__, "_over": None, "_carried": carried, "_were_there": self.there()}
         del state["_unfollowed"]
         return state
 
@@ -358,7 +360,8 @@ class RankAllocator:
             # It is another run.
             self._carried = None
             self._has_begun, self._last_step, self._final_pattern = False, -1, None
-        elif self._over is not None:
+        elif self._over is not None and (self._has_begun or not self.there()):
+            # A cut model's run that has not begun may have another target from now on.
             self._carried = self._over.state_dict()
         check_config(self.peft_config)
         there = self._left_by_file() if self._carried is None else self._there(self._carried)
@@ -388,15 +391,14 @@ class RankAllocator:
             raise InvalidStateError(f"model: expected the adapter {name!r}, found it deleted") from None
 
     def _left_by_file(self) -> dict[str, list[bool]] | None:
-        """Which of the initial triplets there are, where the model's file has left others out."""
+        """Which of the initial triplets there are, where the model's file is one of the run's end."""
         pattern, layers = by_path(self.peft_config.rank_pattern or {}), self.layers()
         if pattern.keys() != layers.keys():
             return None
-        ranks = self._ranks(layers)
-        is_cut = tuple(map(sum, (pattern[path] for path in layers))) == ranks and sum(map(len, pattern.values())) > sum(
-            ranks
-        )
-        return {path: list(pattern[path]) for path in layers} if is_cut else None
+        ranks, found = self._ranks(layers), {path: list(pattern[path]) for path in layers}
+        # With more than the target, there is a budget to spread yet.
+        is_end = tuple(map(sum, found.values())) == ranks and sum(ranks) == self.target_bgt
+        return found if is_end and sum(map(len, found.values())) > sum(ranks) else None
 
     def _there(self, state_dict: Mapping[str, Tensor]) -> dict[str, list[bool]] | None:
         """Which of the initial triplets there are, where model and state are those of a compacted run."""

@@ -167,7 +167,10 @@ class AdaLoraModel(theirs.AdaLoraModel):
                 elif not index.all():
                     state_dict.update(zip(keys, (A[index], E[index], B[:, index]), strict=True))
             elif E.shape[0] != sum(kept):
-                raise InvalidArgumentError(f"rank_pattern[{path!r}]: expected {E.shape[0]} flags, found {len(kept)}")
+                # The pattern is of other triplets: all that there are go into the file.
+                kept = [True] * E.shape[0]
+            # Of triplets that a file left out before, nobody knows which they were.
+            kept = kept + [False] * (config.init_r - len(kept))
             if not all(kept) and config.lora_alpha <= 0:
                 # It stands for the rank, which PEFT takes for the one in the file.
                 config.lora_alpha = config.init_r
@@ -191,7 +194,7 @@ class AdaLoraModel(theirs.AdaLoraModel):
             return
         ranks = {path: len(state_dict[each["lora_E"]]) for path, each in names.items()}
         awaited = {path: layer.awaited(adapter_name) for path, layer in layers.items()}
-        initial = {path: int(layer.ranknum[adapter_name]) for path, layer in layers.items()}
+        initial = dict.fromkeys(layers, config.init_r)
         if ranks == awaited or (sum(ranks.values()) != config.target_r * len(layers) and ranks != initial):
             return
         rooms = {path: layer.room(adapter_name, ranks[path]) for path, layer in layers.items()}
